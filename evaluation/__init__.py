@@ -1,0 +1,1 @@
+"""Likelihoods, diagnostics, ArviZ export, tables, pictures and the report."""

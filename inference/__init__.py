@@ -1,0 +1,1 @@
+"""Objectives, alignment terms, gradient estimators and the training loop."""

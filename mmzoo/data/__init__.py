@@ -1,0 +1,1 @@
+"""Multimodal data sets: arrays with masks, readers and missingness."""
