@@ -34,9 +34,7 @@ __all__ = [
 ]
 
 
-def fill(
-    loc: Tensor, scale: Tensor, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def fill(loc: Tensor, scale: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Replaces masked experts by N(0, I), whatever stood there.
 
     Args:
@@ -90,9 +88,7 @@ def product_of_experts(
     return _normalised_product(loc, log_tau, prior | ~present.any(-1))
 
 
-def _normalised_product(
-    loc: Tensor, log_tau: Tensor, prior: Tensor
-) -> tuple[Tensor, Tensor]:
+def _normalised_product(loc: Tensor, log_tau: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
     """Product in log precisions, which do not overflow; `prior` `(*, N)` adds N(0, 1)."""
     base = torch.where(prior[..., None, None], 0.0, -torch.inf).to(log_tau)
     base = base.expand(*log_tau.shape[:-2], 1, log_tau.shape[-1])
@@ -108,8 +104,8 @@ def conditional_product(
 
     $\tau = \sum_m \tau_m - (|S| - 1)$ and $\mu = \sum_m \tau_m \mu_m / \tau$: one posterior gives
     itself, none gives the prior. It needs every $\tau_m \ge 1$ (write each posterior as prior
-    times expert); where $\tau \le 0$ the product is improper and NaN. Joint normalizing flows
-    (Senellart et al., 2023), https://arxiv.org/abs/2306.03787
+    times expert); where $\tau \le 0$ the product is improper and NaN. Improving multimodal joint
+    VAEs through normalizing flows (Senellart et al., 2023), https://arxiv.org/abs/2305.11832
 
     Args:
         loc: Means, `(*, N, M, D)`.
@@ -242,7 +238,7 @@ def mixture_of_barycenters(
     """Mixture over the subsets of a row's modalities of the barycentre of each subset.
 
     Components and their weights as in `mixture_of_products`; `weights` are those of the
-    barycentres. Multimodal VAEs with Wasserstein barycentres (Qiu et al., 2024),
+    barycentres. Multimodal variational autoencoder: a barycentric view (Qiu et al., 2025),
     https://arxiv.org/abs/2412.20487
 
     Args:
@@ -281,9 +277,7 @@ def gaussian_kl(loc1: Tensor, scale1: Tensor, loc2: Tensor, scale2: Tensor) -> T
     return (0.5 * (ratio.square() + shift.square() - 1) - ratio.log()).sum(-1)
 
 
-def squared_wasserstein(
-    loc1: Tensor, scale1: Tensor, loc2: Tensor, scale2: Tensor
-) -> Tensor:
+def squared_wasserstein(loc1: Tensor, scale1: Tensor, loc2: Tensor, scale2: Tensor) -> Tensor:
     r"""$W_2^2(q_1, q_2) = \|\mu_1 - \mu_2\|^2 + \|\sigma_1 - \sigma_2\|^2$.
 
     A class of Wasserstein metrics for probability distributions (Givens & Shortt, 1984),
