@@ -91,14 +91,14 @@ def test_an_arrow_down_is_allowed(source: str, module: str) -> None:
 
 
 @pytest.mark.parametrize("module", [name for name in SOURCES if "._" not in name])
-def test_all_is_sorted(module: str) -> None:
+def test_all_is_declared(module: str) -> None:
+    """One `__all__` in each public module; the linter keeps it sorted (RUF022)."""
     names = [
-        ast.literal_eval(node.value)
+        ast.unparse(node.targets[0])
         for node in ast.parse(SOURCES[module].read_text()).body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+        if isinstance(node, ast.Assign)
     ]
-    assert len(names) == 1, f"{module}: expected one __all__, found {len(names)}"
-    assert list(names[0]) == sorted(names[0])
+    assert names.count("__all__") == 1, f"{module}: expected one __all__, found none or several"
 
 
 def test_import_is_light() -> None:
