@@ -98,7 +98,10 @@ def test_all_is_declared(module: str) -> None:
         for node in ast.parse(SOURCES[module].read_text()).body
         if isinstance(node, ast.Assign)
     ]
-    assert names.count("__all__") == 1, f"{module}: expected one __all__, found none or several"
+    found = names.count("__all__")
+    assert found == 1, (
+        f"{module}: expected one __all__, found {found}; declare it after the imports"
+    )
 
 
 def test_import_is_light() -> None:
