@@ -1,1 +1,18 @@
-"""Objectives, alignment terms, gradient estimators and the training loop."""
+"""Objectives, alignment terms, gradient estimators, and the training loop."""
+
+from mmzoo.inference.alignment import Alignment, KLAlignment, Wasserstein
+from mmzoo.inference.fit import FitResult, fit
+from mmzoo.inference.importance import ImportanceWeightedELBO
+from mmzoo.inference.objective import LinearWarmup
+from mmzoo.inference.subset import SubsetELBO
+
+__all__ = [
+    "Alignment",
+    "FitResult",
+    "ImportanceWeightedELBO",
+    "KLAlignment",
+    "LinearWarmup",
+    "SubsetELBO",
+    "Wasserstein",
+    "fit",
+]

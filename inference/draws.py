@@ -1,0 +1,206 @@
+"""Draws from a guide with their densities, one row at a time: what importance weights are made of.
+
+A pair is replayed under a plate of K particles. A mixture posterior is *stratified*: its draws come
+from every component in turn, and each is weighted with the density of the whole mixture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import detach
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from mmzoo.distributions import Mixture, Strata
+
+__all__ = ["Draws", "detach_parameters", "draw", "latent_values", "log_joint", "log_proposal"]
+
+
+class Draws(NamedTuple):
+    """K draws for each of N rows.
+
+    Attributes:
+        trace: The guide's trace; its latent values have shape ``(K, N, *event)``.
+        log_coef: Logarithm of the weight of each draw in the average, ``(K, N)``: ``-log K`` for a
+            plain guide, ``log(pi_c / n_c)`` for a stratified one.
+        component: Mixture component of each draw, ``(K, N)``; None for a plain guide.
+        mixture: The stratified posterior, batch ``(K, N)``; None for a plain guide.
+    """
+
+    trace: Trace
+    log_coef: Tensor
+    component: Tensor | None
+    mixture: Mixture | None
+
+
+class _Stratify(poutine.messenger.Messenger):
+    """Takes the draws of a mixture from its components in turn."""
+
+    def __init__(self, num: int, start: int, total: int) -> None:
+        super().__init__()
+        self.num, self.start, self.total = num, start, total
+        self.strata: Strata | None = None
+        self.mixture: Mixture | None = None
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        fn = msg["fn"]
+        if not isinstance(fn, Mixture) or msg["value"] is not None:
+            return
+        if self.strata is not None:
+            raise ValueError(
+                f"guide site {msg['name']!r}: expected at most one mixture site, found a second; "
+                "stratified draws are defined for one"
+            )
+        # Batch (K, N): every particle holds the same mixture, so one of them is stratified.
+        one = Mixture(fn.log_weights[0], fn.loc[0], fn.scale[0], family=fn.family)
+        self.strata = one.stratify(self.num, start=self.start, total=self.total)
+        self.mixture = fn
+        msg["value"], msg["done"] = self.strata.value, True
+
+
+def draw(
+    guide: Callable[..., Any],
+    x: Mapping[str, Tensor | None],
+    observed: Mapping[str, Tensor] | None,
+    num_samples: int,
+    *,
+    start: int = 0,
+    total: int | None = None,
+    **kwargs: Any,
+) -> Draws:
+    """Runs a guide with K particles on a plate of their own.
+
+    Args:
+        guide: A Pyro guide whose latent sites are inside a plate over rows.
+        x: What the guide sees.
+        observed: Masks ``(N,)`` of what it sees.
+        num_samples: K.
+        start: Index of the first draw, and
+        total: the number of draws altogether, where they are taken in chunks.
+        kwargs: Passed on to the guide.
+    """
+    total = num_samples if total is None else total
+    stratify = _Stratify(num_samples, start, total)
+    with stratify, pyro.plate("particles", num_samples, dim=-2):
+        trace = poutine.trace(guide).get_trace(x, observed, **kwargs)
+    if stratify.strata is None:
+        some = next(iter(_latents(trace).values()))["value"]
+        log_coef = some.new_full((num_samples, 1), total).log().neg()
+        return Draws(trace, log_coef, None, None)
+    return Draws(trace, stratify.strata.log_coef, stratify.strata.component, stratify.mixture)
+
+
+def log_proposal(
+    draws: Draws,
+    num_rows: int,
+    *,
+    stopped: bool = False,
+    values: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """``log q`` of each draw, ``(K, N)``.
+
+    Args:
+        draws: The draws.
+        num_rows: N.
+        stopped: Whether the parameters of q are constants (the draws never are).
+        values: Latent values to be used in place of the trace's own.
+    """
+    total: Tensor | None = None
+    for name, site in _latents(draws.trace).items():
+        fn = detach_parameters(site["fn"]) if stopped else site["fn"]
+        value = (values or {}).get(name, site["value"])
+        total = _add(total, fn.log_prob(value), name, num_rows)
+    assert total is not None
+    return total
+
+
+def latent_values(draws: Draws) -> dict[str, Tensor]:
+    """The drawn latents by site name, ``(K, N, *event)``."""
+    return {name: site["value"] for name, site in _latents(draws.trace).items()}
+
+
+def log_joint(
+    model: Callable[..., Any],
+    x: Mapping[str, Tensor | None],
+    observed: Mapping[str, Tensor] | None,
+    draws: Draws,
+    num_samples: int,
+    *,
+    values: Mapping[str, Tensor] | None = None,
+) -> tuple[Tensor, Trace]:
+    """``log p(x, z)`` of each draw, ``(K, N)``, and the model's trace.
+
+    Args:
+        model: A Pyro model over the same latent sites.
+        x: What is scored.
+        observed: Masks ``(N,)`` of what is scored.
+        draws: The draws.
+        num_samples: K.
+        values: Latent values to be used in place of the trace's own.
+    """
+    found = latent_values(draws)
+    with pyro.plate("particles", num_samples, dim=-2), _Fix({**found, **(values or {})}):
+        trace = poutine.trace(model).get_trace(x, observed)
+    num_rows = max(value.shape[1] for value in found.values())
+    total: Tensor | None = None
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or _is_plate(site):
+            continue
+        if not site["is_observed"] and name not in found:
+            raise ValueError(
+                f"model site {name!r}: expected a value from the guide, found none; the guide must "
+                f"sample every latent of the model, it samples {', '.join(found)}"
+            )
+        total = _add(total, site["fn"].log_prob(site["value"]), name, num_rows)
+    assert total is not None
+    return total, trace
+
+
+def detach_parameters(fn: Any) -> Any:
+    """A distribution with the same parameters as constants."""
+    if isinstance(fn, Mixture):
+        stopped = (p.detach() for p in (fn.log_weights, fn.loc, fn.scale))
+        return Mixture(*stopped, family=fn.family, validate_args=False)
+    return detach(fn)
+
+
+class _Fix(poutine.messenger.Messenger):
+    """Gives latent sites their values."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        if msg["name"] in self.values and not msg["is_observed"]:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
+
+
+def _is_plate(site: dict[str, Any]) -> bool:
+    return type(site["fn"]).__name__ == "_Subsample"
+
+
+def _latents(trace: Trace) -> dict[str, dict[str, Any]]:
+    found = {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample" and not site["is_observed"] and not _is_plate(site)
+    }
+    if not found:
+        raise ValueError("guide: expected at least one sample site, found none")
+    return found
+
+
+def _add(total: Tensor | None, log_prob: Tensor, name: str, num_rows: int) -> Tensor:
+    # (K, 1) would be a latent that all rows share: no weight of a single row exists then.
+    if log_prob.dim() < 1 or log_prob.shape[-1] != num_rows:
+        raise ValueError(
+            f"site {name!r}: expected one log probability for each of {num_rows} rows, found shape "
+            f"{tuple(log_prob.shape)}; put every sample site inside the plate over rows"
+        )
+    return log_prob if total is None else total + log_prob

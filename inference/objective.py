@@ -1,0 +1,144 @@
+"""What our objectives share: they know whose networks they train, and can say their terms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer import ELBO
+from pyro.infer.elbo import ELBOModule
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor, nn
+
+from mmzoo.vae import MultimodalVAE
+
+__all__ = ["LinearWarmup", "ObjectiveModule", "owner", "recorded_terms", "trace_terms"]
+
+
+@dataclass(frozen=True)
+class LinearWarmup:
+    """A weight that grows linearly from ``start`` to ``end`` over the first ``steps`` steps.
+
+    Example:
+        >>> weight = LinearWarmup(steps=100)
+        >>> weight(0), weight(50), weight(1000)
+        (0.0, 0.5, 1.0)
+    """
+
+    steps: int
+    start: float = 0.0
+    end: float = 1.0
+
+    def __call__(self, step: int) -> float:
+        """The weight at a step."""
+        return self.start + (self.end - self.start) * min(step / max(self.steps, 1), 1.0)
+
+
+def owner(fn: Callable[..., Any]) -> nn.Module | None:
+    """The module that a model or guide belongs to: itself, or the object of a bound method."""
+    if isinstance(fn, nn.Module):
+        return fn
+    found = getattr(fn, "__self__", None)
+    return found if isinstance(found, nn.Module) else None
+
+
+class ObjectiveModule(ELBOModule):
+    """An objective bound to a pair: ``module(x, observed)`` is the loss, its parameters the pair's.
+
+    Pyro's own module is empty for bound methods; this one owns the networks behind them.
+    """
+
+    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any], elbo: ELBO) -> None:
+        nn.Module.__init__(self)
+        object.__setattr__(self, "model", model)
+        object.__setattr__(self, "guide", guide)
+        self.elbo = elbo
+        owners = (owner(model), owner(guide))
+        unique = {id(module): module for module in owners if module is not None}
+        self.owners = nn.ModuleList(unique.values())
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss of a batch, summed over rows."""
+        with ExitStack() as stack:
+            for module in self.owners:
+                if isinstance(module, MultimodalVAE):
+                    stack.enter_context(module.unregistered())
+            return self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
+
+
+def trace_terms(model_trace: Trace, guide_trace: Trace) -> dict[str, tuple[Tensor, Tensor]]:
+    """Sums over rows, and numbers of rows, of the terms of a bound.
+
+    Returns:
+        ``log p(x_m | z)`` under each observed site's name, ``log q - log p`` under each latent's.
+    """
+    terms = {}
+    for name, site in model_trace.nodes.items():
+        if site["type"] != "sample" or "log_prob" not in site:
+            continue
+        log_p = site["unscaled_log_prob"]
+        mask = _rows(site)
+        if not site["is_observed"]:
+            if name not in guide_trace.nodes:
+                continue
+            log_p = guide_trace.nodes[name]["unscaled_log_prob"] - log_p
+        log_p = log_p.detach()
+        if mask is None:
+            count = torch.as_tensor(log_p.numel())
+        else:
+            mask = mask.expand(log_p.shape)
+            log_p, count = torch.where(mask, log_p, 0.0), mask.sum()
+        terms[name] = (log_p.sum(), count)
+    return terms
+
+
+def _rows(site: dict[str, Any]) -> Tensor | None:
+    """The rows that a site counts for, or None for all of them."""
+    scored = getattr(site["fn"], "scored", None)
+    mask = site["mask"]
+    if not isinstance(mask, Tensor):
+        return scored
+    return mask if scored is None else mask & scored
+
+
+@contextmanager
+def recorded_terms(elbo: ELBO) -> Iterator[list[dict[str, tuple[Tensor, Tensor]]]]:
+    """Collects the terms of every particle that a stock Pyro ELBO visits."""
+    found: list[dict[str, tuple[Tensor, Tensor]]] = []
+    get_trace = getattr(elbo, "_get_trace", None)
+    if get_trace is None:
+        yield found
+        return
+
+    def recording(*args: Any, **kwargs: Any) -> tuple[Trace, Trace]:
+        traces = get_trace(*args, **kwargs)
+        found.append(trace_terms(*traces))
+        return traces
+
+    elbo._get_trace = recording  # type: ignore[attr-defined]
+    try:
+        yield found
+    finally:
+        del elbo._get_trace  # type: ignore[attr-defined]
+
+
+def scale_sites(factors: dict[str, float]) -> poutine.messenger.Messenger:
+    """Multiplies the log probability of the named sites; a factor of zero leaves a site out."""
+    return _ScaleSites(factors)
+
+
+class _ScaleSites(poutine.messenger.Messenger):
+    def __init__(self, factors: dict[str, float]) -> None:
+        super().__init__()
+        self.factors = factors
+
+    def _pyro_sample(self, msg: dict[str, Any]) -> None:
+        factor = self.factors.get(msg["name"], 1.0)
+        if factor == 0.0:
+            msg["mask"] = False  # poutine.scale refuses a zero
+        elif factor != 1.0:
+            msg["scale"] = factor * msg["scale"]

@@ -1,0 +1,232 @@
+"""Distributions that Pyro lacks: mixtures over whole vectors, and likelihoods of some rows only."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from pyro.distributions import Laplace, Normal, TorchDistribution
+from pyro.distributions.score_parts import ScoreParts
+from pyro.infer.util import check_fully_reparametrized
+from torch import Tensor
+from torch.distributions import Distribution, constraints, register_kl
+
+__all__ = ["Mixture", "ScoredRows", "Strata"]
+
+_NO_RSAMPLE = (
+    "guide site 'z': expected a reparameterised posterior for TraceMeanField_ELBO, found a mixture; "
+    "use vae.objective() (stratified, low variance) or Trace_ELBO() (score function)"
+)
+
+
+class Strata(NamedTuple):
+    """Draws of a mixture, taken in turn from its components.
+
+    With ``w`` any function of a draw, ``(log_coef.exp() * w(value)).sum(0)`` is an unbiased
+    estimate of its expectation under the mixture.
+
+    Attributes:
+        value: Draws, shape ``(K, *, D)``.
+        component: Index of the component of each draw, shape ``(K, *)``.
+        log_coef: ``log(pi_c / n_c)``, ``n_c`` the number of draws from component c, ``(K, *)``.
+    """
+
+    value: Tensor
+    component: Tensor
+    log_coef: Tensor
+
+
+class Mixture(TorchDistribution):
+    """Mixture over whole vectors: ``sum_c pi_c prod_d f(z_d; loc_cd, scale_cd)``.
+
+    ``sample`` and the exact ``log_prob`` make it a posterior for plain ``Trace_ELBO`` (by the score
+    function); :meth:`stratify` gives reparameterised draws from every component in turn.
+
+    Args:
+        log_weights: Logarithms of the weights, ``-inf`` for an absent component, ``(*, C)``.
+        loc: Locations ``(*, C, D)``.
+        scale: Scales ``(*, C, D)``.
+        family: ``Normal`` or ``Laplace`` of Pyro.
+
+    Example:
+        >>> q = Mixture(torch.zeros(3, 2), torch.zeros(3, 2, 5), torch.ones(3, 2, 5))
+        >>> q.batch_shape, q.event_shape, q.stratify(4).component[:, 0].tolist()
+        (torch.Size([3]), torch.Size([5]), [0, 1, 0, 1])
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+    support = constraints.real_vector
+
+    def __init__(
+        self,
+        log_weights: Tensor,
+        loc: Tensor,
+        scale: Tensor,
+        *,
+        family: type[Normal] | type[Laplace] = Normal,
+        validate_args: bool | None = None,
+    ) -> None:
+        shape = torch.broadcast_shapes(log_weights.shape, loc.shape[:-1], scale.shape[:-1])
+        self.log_weights = log_weights.log_softmax(-1).expand(shape)
+        self.loc = loc.expand(*shape, loc.shape[-1])
+        self.scale = scale.expand(*shape, loc.shape[-1])
+        self.family = family
+        super().__init__(shape[:-1], loc.shape[-1:], validate_args=validate_args)
+
+    @property
+    def has_rsample(self) -> bool:  # type: ignore[override]
+        """False; to Pyro's mean-field ELBO it says what to use instead."""
+        # Pyro's own message there names neither the site nor a way out.
+        if sys._getframe(1).f_code is check_fully_reparametrized.__code__:
+            raise ValueError(_NO_RSAMPLE)
+        return False
+
+    @property
+    def components(self) -> TorchDistribution:
+        """The components, batch ``(*, C)``, event ``(D,)``."""
+        return self.family(self.loc, self.scale, validate_args=False).to_event(1)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the mixture, ``(*, D)``."""
+        return (self.log_weights.exp().unsqueeze(-1) * self.loc).sum(-2)
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance per dimension: mean variance plus variance of the means, ``(*, D)``."""
+        weights = self.log_weights.exp().unsqueeze(-1)
+        second = self.components.variance + (self.loc - self.mean.unsqueeze(-2)).square()
+        return (weights * second).sum(-2)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Mixture:
+        """The same mixture over a larger batch."""
+        shape = torch.Size(batch_shape)
+        num_components, dim = self.loc.shape[-2:]
+        return Mixture(
+            self.log_weights.expand(*shape, num_components),
+            self.loc.expand(*shape, num_components, dim),
+            self.scale.expand(*shape, num_components, dim),
+            family=self.family,
+            validate_args=False,
+        )
+
+    def component_log_prob(self, value: Tensor) -> Tensor:
+        """``log pi_c + log f_c(value)``, shape ``(*, C)``; ``-inf`` for absent components."""
+        return self.log_weights + self.components.log_prob(value.unsqueeze(-2))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Exact log density, ``(*)``."""
+        if self._validate_args:
+            self._validate_sample(value)
+        return self.component_log_prob(value).logsumexp(-1)
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Independent draws ``(*sample_shape, *, D)``, component first."""
+        shape = torch.Size(sample_shape)
+        with torch.no_grad():
+            indicator = torch.distributions.Categorical(logits=self.log_weights)
+            return self.draw(indicator.sample(shape))
+
+    def score_parts(self, value: Tensor) -> ScoreParts:
+        """The score-function form, since draws are not reparameterised."""
+        log_prob = self.log_prob(value)
+        return ScoreParts(log_prob, log_prob, 0)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """A draw, as ``pyro.sample`` takes it."""
+        return self.sample(*args, **kwargs)
+
+    def at(self, component: Tensor) -> tuple[Tensor, Tensor]:
+        """``loc`` and ``scale`` ``(K, *, D)`` of the components with indices ``(K, *)``."""
+        index = component[..., None, None].expand(*component.shape, 1, self.loc.shape[-1])
+        full = (*component.shape, *self.loc.shape[-2:])
+        loc = self.loc.expand(full).gather(-2, index).squeeze(-2)
+        return loc, self.scale.expand(full).gather(-2, index).squeeze(-2)
+
+    def draw(self, component: Tensor) -> Tensor:
+        """One reparameterised draw ``(K, *, D)`` from each component named in ``(K, *)``."""
+        loc, scale = self.at(component)
+        return self.family(loc, scale, validate_args=False).rsample()
+
+    def stratify(self, num: int, *, start: int = 0, total: int | None = None) -> Strata:
+        """Draws ``start .. start + num`` out of ``total``, cycling through the present components.
+
+        Args:
+            num: Draws to take now, K.
+            start: Index of the first of them, so that draws can be taken in chunks.
+            total: Draws that will be taken altogether, at least the number of components.
+        """
+        total = num if total is None else total
+        present = self.log_weights > -torch.inf  # (*, C)
+        count = present.sum(-1)  # (*)
+        if total < int(count.max()):
+            raise ValueError(
+                f"mixture posterior: expected at least one draw for each of its {int(count.max())} "
+                f"components, found num_samples={total}; raise num_samples"
+            )
+        order = torch.argsort((~present).to(torch.uint8), dim=-1, stable=True)  # present ones first
+        turn = torch.arange(start, start + num, device=count.device)
+        rank = turn.view(-1, *(1,) * count.dim()) % count  # (K, *)
+        component = order.expand(*rank.shape, -1).gather(-1, rank.unsqueeze(-1)).squeeze(-1)
+        taken = total // count + (rank < total % count)
+        log_pi = self.log_weights.expand(*rank.shape, -1).gather(-1, component.unsqueeze(-1))
+        log_coef = log_pi.squeeze(-1) - taken.to(log_pi.dtype).log()
+        return Strata(self.draw(component), component, log_coef)
+
+
+@register_kl(Mixture, Distribution)
+def _kl_of_mixture(q: Mixture, p: Distribution) -> Tensor:
+    raise ValueError(_NO_RSAMPLE)
+
+
+class ScoredRows(TorchDistribution):
+    """A likelihood that was computed for some rows only; the others have log probability zero.
+
+    A modality is decoded only where some mask scores it. This class carries the decoded rows,
+    knows where they belong, and never reads the values of other rows.
+
+    Args:
+        base: Distribution of the scored rows, batch ``(R,)``.
+        mask: Which entries of the batch they are, ``(*, N)`` with R True entries.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+    has_rsample = False
+
+    def __init__(self, base: TorchDistribution, mask: Tensor) -> None:
+        self.base = base
+        self.scored = mask
+        self.index = mask.nonzero(as_tuple=True)
+        super().__init__(mask.shape, base.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> constraints.Constraint:  # type: ignore[override]
+        """Support of the likelihood."""
+        return self.base.support
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> ScoredRows:
+        """Itself: the batch is complete by construction."""
+        if torch.Size(batch_shape) != self.batch_shape:
+            raise ValueError(
+                f"likelihood of scored rows: expected batch shape {tuple(self.batch_shape)}, found "
+                f"{tuple(batch_shape)}; sample z inside every plate that the likelihood is in"
+            )
+        return self
+
+    def gather(self, value: Tensor) -> Tensor:
+        """The scored rows of a value, ``(R, *event)``."""
+        return value.expand(*self.batch_shape, *self.event_shape)[self.index]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log probability of scored rows, zero elsewhere, ``(*, N)``."""
+        scored = self.base.log_prob(self.gather(value))
+        return scored.new_zeros(self.batch_shape).index_put(self.index, scored)
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Draws of the scored rows; the others are zero."""
+        shape = torch.Size(sample_shape)
+        draws = self.base.sample(shape)
+        full = draws.new_zeros(*shape, *self.batch_shape, *self.event_shape)
+        full[(slice(None),) * len(shape) + self.index] = draws
+        return full
