@@ -17,7 +17,7 @@ def run(*command: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 
 def test_lint() -> None:
-    done = run("ruff", "check", ".")
+    done = run("ruff", "check", "--output-format", "concise", ".")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
