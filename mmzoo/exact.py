@@ -8,7 +8,7 @@ r"""Worlds whose likelihoods are known exactly: the oracle for models, objective
 
 A world takes the same `x` and `observed` as a model: `x` maps names to tensors `(*, d_m)`, and an
 absent name is missing for every row; `observed` maps names to bool tensors `(*,)`. Values under a
-False mask are never looked at. Everything is float64.
+False mask are never looked at. Everything is float64, on the CPU.
 
 Example:
     >>> world = LinearGaussianWorld.random({"image": 5, "label": 3}, latent_dim=2, seed=0)
@@ -496,6 +496,9 @@ def quadrature_log_prob(
 class _LinearDecoder(nn.Module):
     """Frozen mean of a modality, W z + b."""
 
+    weight: Tensor
+    bias: Tensor
+
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
         self.register_buffer("weight", weight.to(torch.get_default_dtype()))
@@ -508,13 +511,15 @@ class _LinearDecoder(nn.Module):
 class _ExactEncoder(nn.Module):
     """Frozen expert of a modality, the pair (loc, scale)."""
 
+    scale: Tensor
+
     def __init__(self, weight: Tensor, bias: Tensor, scale: Tensor) -> None:
         super().__init__()
-        self.mean = _LinearDecoder(weight, -(weight @ bias))
+        self.affine = _LinearDecoder(weight, -(weight @ bias))
         self.register_buffer("scale", scale.to(torch.get_default_dtype()))
 
     def forward(self, x_m: Tensor) -> tuple[Tensor, Tensor]:
-        loc = self.mean(x_m)
+        loc = self.affine(x_m)
         return loc, self.scale.expand_as(loc)
 
 
