@@ -245,7 +245,8 @@ def test_conditional_product_is_the_product_with_prior_of_the_factors():
 def test_a_zero_weight_is_a_missing_modality():
     loc, scale = experts()
     mask = some_masks()
-    weights = torch.tensor([0.0, 0.4, 0.2, 1.3])
+    mask[2] = torch.tensor([True, False, False, False])  # nothing of weight: the prior
+    weights = torch.tensor([0.0, 0.4, 0.2, 1.3], requires_grad=True)
     without = mask & (weights > 0)
     for prior in (False, True):
         found, expected = (
@@ -253,6 +254,11 @@ def test_a_zero_weight_is_a_missing_modality():
             for m in (mask, without)
         )
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert torch.equal(found[1][2], torch.ones(D))
+        gradients = [
+            torch.autograd.grad(sum(t.sum() for t in o), weights) for o in (found, expected)
+        ]
+        assert torch.equal(*(g for (g,) in gradients))
     assert torch.equal(
         combine.mixture_weights(mask, weights), combine.mixture_weights(without, weights)
     )
