@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
+from torch.nn.functional import one_hot, pixel_shuffle
 
 from mmzoo.likelihoods import Categorical, Likelihood
 
@@ -133,7 +133,7 @@ class ConvDecoder(nn.Module):
         self.full = nn.Linear(latent_dim, math.prod(self.first_shape))
         self.activation = activation()
         self.convolutions = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(before, 4 * after, 3, padding=1), nn.PixelShuffle(2))
+            nn.Conv2d(before, 4 * after, 3, padding=1)
             for before, after in zip(widths, widths[1:], strict=False)
         )
 
@@ -141,7 +141,7 @@ class ConvDecoder(nn.Module):
         """Map (R, L) to (R, C, height, width)."""
         y = self.full(z).reshape(z.shape[0], *self.first_shape)
         for convolution, (height, width) in zip(self.convolutions, self.sizes[1:], strict=True):
-            y = convolution(self.activation(y))[..., :height, :width]
+            y = _double(convolution(self.activation(y)))[..., :height, :width]
         return y
 
 
@@ -326,6 +326,14 @@ def _halvings(height: int, width: int, times: int) -> list[tuple[int, int]]:
     for _ in range(times):
         sizes.append(((sizes[-1][0] + 1) // 2, (sizes[-1][1] + 1) // 2))
     return sizes
+
+
+def _double(y: Tensor) -> Tensor:
+    """Sub-pixels (R, 4 C, h, w) to (R, C, 2 h, 2 w)."""
+    rows, channels, height, width = y.shape
+    if rows == 0:  # pixel_shuffle has no gradient for zero rows
+        return y.reshape(0, channels // 4, 2 * height, 2 * width)
+    return pixel_shuffle(y, 2)
 
 
 def _kind(shapes: Sequence[Shape], num_classes: int | None = None) -> str:
