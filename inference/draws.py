@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions.util import detach
+from pyro.distributions.util import detach, scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -114,7 +114,7 @@ def log_proposal(
     for name, site in _latents(draws.trace).items():
         fn = detach_parameters(site["fn"]) if stopped else site["fn"]
         value = (values or {}).get(name, site["value"])
-        total = _add(total, fn.log_prob(value), name, num_rows)
+        total = _add(total, _log_prob(site, fn, value), name, num_rows)
     assert total is not None
     return total
 
@@ -156,7 +156,7 @@ def log_joint(
                 f"model site {name!r}: expected a value from the guide, found none; the guide must "
                 f"sample every latent of the model, it samples {', '.join(found)}"
             )
-        total = _add(total, site["fn"].log_prob(site["value"]), name, num_rows)
+        total = _add(total, _log_prob(site, site["fn"], site["value"]), name, num_rows)
     assert total is not None
     return total, trace
 
@@ -179,6 +179,13 @@ class _Fix(poutine.messenger.Messenger):
     def _pyro_sample(self, msg: dict[str, Any]) -> None:
         if msg["name"] in self.values and not msg["is_observed"]:
             msg["value"], msg["done"] = self.values[msg["name"]], True
+
+
+def _log_prob(site: dict[str, Any], fn: Any, value: Tensor) -> Tensor:
+    """The site's log probability, masked as the pair says but never scaled."""
+    log_prob = scale_and_mask(fn.log_prob(value), 1.0, site["mask"])
+    site["unscaled_log_prob"] = site["log_prob"] = log_prob
+    return log_prob
 
 
 def _is_plate(site: dict[str, Any]) -> bool:

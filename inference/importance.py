@@ -38,7 +38,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from pyro.infer import ELBO
 from torch import Tensor
 
 from mmzoo.distributions import Mixture
@@ -50,13 +49,15 @@ from mmzoo.inference.draws import (
     log_joint,
     log_proposal,
 )
-from mmzoo.inference.objective import ObjectiveModule, owner, trace_terms
+from mmzoo.inference.objective import Objective, owner, trace_terms
 from mmzoo.vae import MultimodalVAE
 
 __all__ = ["ImportanceWeightedELBO"]
 
+_MANY = 1 << 30
 
-class ImportanceWeightedELBO(ELBO):
+
+class ImportanceWeightedELBO(Objective):
     """Per-row importance-weighted bound of a pair, everything observed given and scored.
 
     Args:
@@ -110,25 +111,6 @@ class ImportanceWeightedELBO(ELBO):
         self.bound = bound
         self.gradient = gradient
         self.as_published = as_published
-        self.terms: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def __call__(self, model: Callable[..., Any], guide: Callable[..., Any]) -> ObjectiveModule:
-        """The loss of a pair as a module, ``(x, observed) -> loss`` summed over rows."""
-        return ObjectiveModule(model, guide, self)
-
-    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
-        """Minus the bound of a batch, in nats summed over rows."""
-        with torch.no_grad():
-            return float(self.differentiable_loss(model, guide, *args, **kwargs))
-
-    def loss_and_grads(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> float:
-        """The loss, after adding its gradient to the parameters."""
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        if loss.requires_grad:
-            loss.backward()
-        return float(loss.detach())
 
     def differentiable_loss(
         self,
@@ -147,11 +129,12 @@ class ImportanceWeightedELBO(ELBO):
         if not doubly:
             return -bound.sum()
         share, normal = self._shares(draws, log_w.detach())
-        for route in routes.values():
-            route.share, route.normal = share, normal
-            route.only_squared = self.as_published or draws.mixture is None
-        # The value of the bound, with the gradient of a sum of weighted log weights.
         surrogate = (share * log_w).sum()
+        for route in routes.values():
+            route.normal = normal
+            if draws.mixture is not None and not self.as_published:
+                surrogate = surrogate - route.cross_terms(share)
+        # The value of the bound, with the gradient of the surrogate.
         return -(bound.detach().sum() + surrogate - surrogate.detach())
 
     def row_bounds(
@@ -174,23 +157,22 @@ class ImportanceWeightedELBO(ELBO):
         observed: Mapping[str, Tensor] | None,
         vae: Any,
     ) -> tuple[Draws, int]:
-        kwargs = {}
-        if isinstance(vae, MultimodalVAE) and owner(guide) is vae:
+        kwargs, own = {}, isinstance(vae, MultimodalVAE) and owner(guide) is vae
+        if own:
             kwargs["experts"] = vae.encode(x, observed)
-        num = self.num_samples
-        draws = draw(guide, x, observed, num, **kwargs)
-        components = 1
-        if draws.mixture is not None:
-            components = int((draws.mixture.log_weights[0] > -torch.inf).sum(-1).max())
-        if components > 1:
-            if self.gradient == "stl" and self.bound == "pooled" and not self.as_published:
-                raise ValueError(
-                    "ImportanceWeightedELBO: expected bound 'within' for gradient 'stl' of a "
-                    "mixture, found 'pooled', for which it is biased; as_published=True allows it"
-                )
-            num *= components
-            draws = draw(guide, x, observed, num, **kwargs)
-        return draws, num
+            posterior = vae.posterior(x, observed, **kwargs)
+            mixture = posterior if isinstance(posterior, Mixture) else None
+        else:  # one draw tells what a guide of the user's is
+            mixture = draw(guide, x, observed, 1, total=_MANY).mixture
+        present = 1 if mixture is None else int(mixture.present.sum(-1).max())
+        pooled = self.bound == "pooled" and not self.as_published
+        if self.gradient == "stl" and pooled and present > 1:
+            raise ValueError(
+                "ImportanceWeightedELBO: expected bound 'within' for gradient 'stl' of a mixture, "
+                "found 'pooled', for which it is biased; as_published=True allows it"
+            )
+        num = self.num_samples * present
+        return draw(guide, x, observed, num, **kwargs), num
 
     def _log_w(
         self,
@@ -241,41 +223,41 @@ class ImportanceWeightedELBO(ELBO):
 class _Route:
     """A draw whose gradient is led back to the guide's parameters doubly reparameterised.
 
-    The pair is evaluated at ``z``; ``share`` and ``normal`` (``(K, N)``) are known only then, and
-    are set before the backward pass, in which the gradient ``share * a`` arrives at ``z``.
+    The pair is evaluated at ``z``. The normalised weights ``normal`` ``(K, N)`` are known only
+    then, and are set before the backward pass, in which ``w^ a`` (times whatever the caller has
+    scaled the loss with) arrives at ``z``.
     """
 
     def __init__(self, draws: Draws, z: Tensor) -> None:
         self.draws = draws
-        self.share = self.normal = z
-        self.only_squared = True
-        paths = z.new_zeros(())
+        self.normal = z
+        self.paths = z.new_zeros(())
+        self.responsibility: Tensor | None = None
         if draws.mixture is not None:
             q = draws.mixture
             noise = ((z.unsqueeze(-2) - q.loc) / q.scale).detach()
-            paths = q.loc + q.scale * noise  # T_j(z), (K, N, C, D)
-        self.z = _LeadBack.apply(z, paths, self)
+            self.paths = q.loc + q.scale * noise  # T_j(z), (K, N, C, D)
+        self.z = _LeadBack.apply(z, self.paths, self)
+
+    def cross_terms(self, share: Tensor) -> Tensor:
+        """``sum_j r_j (w^ - kappa) (d log r_m / dz) T_j`` with everything but T_j constant."""
+        q: Mixture = detach_parameters(self.draws.mixture)
+        component = self.draws.component
+        assert component is not None
+        with torch.enable_grad():
+            z = self.z.detach().requires_grad_()
+            log_r = q.component_log_prob(z).log_softmax(-1)
+            (slope,) = torch.autograd.grad(log_r.gather(-1, component.unsqueeze(-1)).sum(), z)
+        self.responsibility = log_r.detach().exp().unsqueeze(-1)  # (K, N, C, 1)
+        baseline = (share - self.draws.log_coef.exp()).unsqueeze(-1)
+        return (self.responsibility * (baseline * slope).unsqueeze(-2) * self.paths).sum()
 
     def backward(self, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gradients of the draw's own path and of the paths ``T_j``."""
         normal = self.normal.reshape(*self.normal.shape, *(1,) * (gradient.dim() - 2))
-        if self.only_squared:
+        if self.responsibility is None:  # plain posterior, or as published
             return normal * gradient, None
-        responsibility, slope = self._responsibilities()
-        baseline = (self.share - self.draws.log_coef.exp()).unsqueeze(-1)
-        other = (1 - normal) * gradient + baseline * slope
-        return gradient, -responsibility.unsqueeze(-1) * other.unsqueeze(-2)
-
-    def _responsibilities(self) -> tuple[Tensor, Tensor]:
-        """``r_j(z)``, ``(K, N, C)``, and the derivative of ``log r_m`` by z, ``(K, N, D)``."""
-        assert self.draws.mixture is not None and self.draws.component is not None
-        q: Mixture = detach_parameters(self.draws.mixture)
-        with torch.enable_grad():
-            z = self.z.detach().requires_grad_()
-            log_r = q.component_log_prob(z).log_softmax(-1)
-            own = log_r.gather(-1, self.draws.component.unsqueeze(-1))
-            (slope,) = torch.autograd.grad(own.sum(), z)
-        return log_r.detach().exp(), slope
+        return gradient, -self.responsibility * ((1 - normal) * gradient).unsqueeze(-2)
 
 
 class _LeadBack(torch.autograd.Function):

@@ -11,12 +11,13 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO
 from pyro.infer.elbo import ELBOModule
+from pyro.infer.enum import get_importance_trace
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from mmzoo.vae import MultimodalVAE
 
-__all__ = ["LinearWarmup", "ObjectiveModule", "owner", "recorded_terms", "trace_terms"]
+__all__ = ["LinearWarmup", "Objective", "ObjectiveModule", "owner", "recorded_terms", "trace_terms"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,42 @@ class ObjectiveModule(ELBOModule):
                 if isinstance(module, MultimodalVAE):
                     stack.enter_context(module.unregistered())
             return self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
+
+
+class Objective(ELBO):
+    """An ELBO of our own: a subclass says its differentiable loss, summed over rows.
+
+    Attributes:
+        terms: Of the last batch, by name: the sum over rows and the number of rows of
+            ``log p(x_m | z)``, of ``log q - log p`` of each latent, and of alignment terms.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.terms: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, model: Callable[..., Any], guide: Callable[..., Any]) -> ObjectiveModule:
+        """The loss of a pair as a module, ``(x, observed) -> loss`` summed over rows."""
+        return ObjectiveModule(model, guide, self)
+
+    def loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> float:
+        """Minus the objective of a batch, in nats summed over rows, without a gradient."""
+        with torch.no_grad():
+            return float(self.differentiable_loss(model, guide, *args, **kwargs))
+
+    def loss_and_grads(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> float:
+        """The loss, after adding its gradient to the parameters."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward()
+        return float(loss.detach())
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Trace, Trace]:
+        return get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)
 
 
 def trace_terms(model_trace: Trace, guide_trace: Trace) -> dict[str, tuple[Tensor, Tensor]]:

@@ -26,7 +26,7 @@ from mmzoo import combine
 from mmzoo.batch import modality_names
 from mmzoo.vae import MultimodalVAE
 from mmzoo.inference.alignment import Alignment, alignment_terms
-from mmzoo.inference.objective import ObjectiveModule, owner, recorded_terms, scale_sites
+from mmzoo.inference.objective import Objective, owner, recorded_terms, scale_sites
 
 __all__ = ["SubsetELBO"]
 
@@ -34,7 +34,7 @@ Schedule = float | Callable[[int], float]
 _KINDS = ("all", "singles", "powerset")
 
 
-class SubsetELBO(ELBO):
+class SubsetELBO(Objective):
     """ELBO summed over subsets of the observed modalities, evaluated by a stock Pyro ELBO.
 
     The pair is transformed, never rewritten: the subsets stand on a plate of their own, each
@@ -105,16 +105,6 @@ class SubsetELBO(ELBO):
         self.elbo = Trace_ELBO() if elbo is None else elbo
         self.vectorized = vectorized
         self.step = 0
-        self.terms: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def __call__(self, model: Callable[..., Any], guide: Callable[..., Any]) -> ObjectiveModule:
-        """The loss of a pair as a module, ``(x, observed) -> loss`` summed over rows."""
-        return ObjectiveModule(model, guide, self)
-
-    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
-        """The loss of a batch, in nats summed over rows; does not count as a step."""
-        with torch.no_grad():
-            return float(self._loss(model, guide, *args, **kwargs))
 
     def differentiable_loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
@@ -123,15 +113,6 @@ class SubsetELBO(ELBO):
         loss = self._loss(model, guide, *args, **kwargs)
         self.step += torch.is_grad_enabled()
         return loss
-
-    def loss_and_grads(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> float:
-        """The loss, after adding its gradient to the parameters."""
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        if loss.requires_grad:
-            loss.backward()
-        return float(loss.detach())
 
     # Private ------------------------------------------------------------------------------------
 

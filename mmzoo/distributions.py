@@ -88,6 +88,11 @@ class Mixture(TorchDistribution):
         return self.family(self.loc, self.scale, validate_args=False).to_event(1)
 
     @property
+    def present(self) -> Tensor:
+        """Which components have weight, ``(*, C)``."""
+        return self.log_weights > -torch.inf
+
+    @property
     def mean(self) -> Tensor:
         """Mean of the mixture, ``(*, D)``."""
         return (self.log_weights.exp().unsqueeze(-1) * self.loc).sum(-2)
@@ -158,14 +163,13 @@ class Mixture(TorchDistribution):
             total: Draws that will be taken altogether, at least the number of components.
         """
         total = num if total is None else total
-        present = self.log_weights > -torch.inf  # (*, C)
-        count = present.sum(-1)  # (*)
+        count = self.present.sum(-1)  # (*)
         if total < int(count.max()):
             raise ValueError(
                 f"mixture posterior: expected at least one draw for each of its {int(count.max())} "
                 f"components, found num_samples={total}; raise num_samples"
             )
-        order = torch.argsort((~present).to(torch.uint8), dim=-1, stable=True)  # present ones first
+        order = torch.argsort((~self.present).to(torch.uint8), dim=-1, stable=True)  # present ones first
         turn = torch.arange(start, start + num, device=count.device)
         rank = turn.view(-1, *(1,) * count.dim()) % count  # (K, *)
         component = order.expand(*rank.shape, -1).gather(-1, rank.unsqueeze(-1)).squeeze(-1)
