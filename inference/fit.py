@@ -21,6 +21,7 @@ from mmzoo.batch import check_batch
 from mmzoo.data import MultimodalDataset
 from mmzoo.inference.alignment import Wasserstein, alignment_terms
 from mmzoo.inference.objective import ObjectiveModule, recorded_terms
+from mmzoo.seeding import seeded
 from mmzoo.vae import MultimodalVAE
 
 __all__ = ["FitResult", "fit"]
@@ -288,9 +289,8 @@ class _Trainer:
     @torch.no_grad()
     def _validate(self, rows: MultimodalDataset, batch_size: int, record: _Record) -> None:
         self.vae.eval()
-        devices = [self.fabric.device] if self.fabric.device.type == "cuda" else []
         # The same draws in every epoch, and none taken from training.
-        with torch.random.fork_rng(devices), pyro_seed(0):
+        with seeded(0):
             for x, observed in rows.batches(max(batch_size, 512), shuffle=False):
                 num = len(next(iter(x.values())))
                 loss = self.module(_to(x, self.fabric), _to(observed, self.fabric))
@@ -318,22 +318,6 @@ class _Trainer:
 
 
 _ALIGNMENTS = ("wasserstein", "klalignment", "alignment")
-
-
-class pyro_seed:  # noqa: N801
-    """Pyro's seeds inside a block, the caller's generators untouched afterwards."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def __enter__(self) -> None:
-        """Keeps the state and seeds."""
-        self.state = pyro.util.get_rng_state()
-        pyro.set_rng_seed(self.seed)
-
-    def __exit__(self, *_: object) -> None:
-        """Puts the state back."""
-        pyro.util.set_rng_state(self.state)
 
 
 class _Bar:
