@@ -408,13 +408,16 @@ def _draw_strips(
     heights = {name: _height(vae.modalities[name]) for name in pictures}
     limits = {name: _limits(vae.modalities[name], strips, name) for name in pictures}
     columns = max(len(next(iter(values.values()))) for _, values in strips)
-    strip = sum(heights.values()) + _TEXT_HEIGHT * bool(texts) + _GAP
-    names = [title for title, _ in strips] + (pictures if len(pictures) > 1 else [])
-    margin = 0.2 + 0.115 * max(len(line) for name in names for line in name.split("\n"))
+    above = _TEXT_HEIGHT * len(texts)
+    strip = sum(heights.values()) + above + _GAP
+    if len(pictures) > 1:  # bold titles on one line, above the names of the modalities
+        strips = [(title.replace("\n", " "), values) for title, values in strips]
+    lines = [line for title, _ in strips for line in title.split("\n")]
+    margin = 0.2 + max(0.13 * len(line) for line in [*lines, *pictures[1:]])
     with _style():
         ax = _strip_axes(ax, (-margin, columns + 0.1), strip * len(strips))
         for index, (title, values) in enumerate(strips):
-            top = -strip * index - _TEXT_HEIGHT * bool(texts)
+            top = -strip * index - above
             _name_strip(ax, title, top - sum(heights.values()) / 2, heights, top)
             known = strips[0][1] if compare and index else {}
             _draw_texts(ax, vae, texts, values, known, top, class_names or {})
@@ -516,18 +519,17 @@ def _draw_texts(
     class_names: Mapping[str, Sequence[str]],
 ) -> None:
     """Classes and numbers of every cell; a wrong class is crossed and changes its colour."""
-    for column in range(max(len(values.get(name, [])) for name in [*texts, *values])):
-        words, wrong = [], False
-        for name in texts:
-            value = values[name][column] if name in values else None
-            is_class = _kind(vae.modalities[name]) == "class"
-            words.append(_word(value, is_class, class_names.get(name)))
+    for line, name in enumerate(reversed(texts)):
+        is_class = _kind(vae.modalities[name]) == "class"
+        for column, value in enumerate(values.get(name, [])):
             right = truth[name][column] if name in truth else None
-            wrong |= is_class and None not in (right, value) and right != value
-        text = ", ".join(words) + (" ×" if wrong else "")
-        color = _VERMILION if wrong else _BLUE if truth else _INK
-        style = {"fontsize": 8, "weight": "bold" if wrong else "normal", "ha": "center"}
-        ax.text(column + 0.5, bottom + 0.03, text, color=color, va="bottom", **style)
+            wrong = is_class and None not in (right, value) and right != value
+            word = _word(value, is_class, class_names.get(name)) + (" ×" if wrong else "")
+            color = _VERMILION if wrong else _BLUE if truth else _INK
+            size = min(8.0, 48 / len(word))  # longer words would leave the cell
+            style = {"fontsize": size, "weight": "bold" if wrong else "normal", "ha": "center"}
+            height = bottom + 0.03 + line * _TEXT_HEIGHT
+            ax.text(column + 0.5, height, word, color=color, va="bottom", **style)
 
 
 def _word(value: float | None, is_class: bool, names: Sequence[str] | None) -> str:
@@ -546,7 +548,7 @@ def _name_strip(
     if len(heights) < 2:
         ax.text(-0.12, middle, title, va="center", **style)
         return
-    ax.text(-0.12, top + 0.05, title.replace("\n", " "), va="bottom", weight="bold", **style)
+    ax.text(-0.12, top + 0.05, title, va="bottom", weight="bold", **style)
     for name, height in heights.items():
         ax.text(-0.12, top - height / 2, name, va="center", **style)
         top -= height
@@ -670,15 +672,26 @@ def _name_clouds(
     ax: Axes, points: np.ndarray, labels: np.ndarray, pairs: Sequence[tuple[Any, Any]]
 ) -> None:
     """Names classes at their medians, except where a name would cover another one."""
-    taken: list[np.ndarray] = []
+    taken: list[tuple[np.ndarray, str]] = []
     span = np.ptp(points, axis=0) if len(points) else np.ones(2)
     for each, color in pairs:
         if not (labels == each).any():
             continue
         place = np.median(points[labels == each], 0)
-        if all(np.abs((place - other) / span).max() > 0.07 for other in taken):
-            _name_cloud(ax, str(each), place, color)
-            taken.append(place)
+        name = _class_name(each)
+        if all(_are_apart(place - p, span, len(name + other)) for p, other in taken):
+            _name_cloud(ax, name, place, color)
+            taken.append((place, name))
+
+
+def _are_apart(offset: np.ndarray, span: np.ndarray, letters: int) -> bool:
+    """Whether two names of so many letters in all fit into a panel without touching."""
+    right, up = np.abs(offset) / span
+    return bool(right > 0.025 * letters + 0.02 or up > 0.08)
+
+
+def _class_name(label: Any) -> str:
+    return f"{label:.3g}" if isinstance(label, float | np.floating) else str(label)
 
 
 def _name_cloud(ax: Axes, text: str, place: np.ndarray, color: Any) -> None:
@@ -696,7 +709,9 @@ def _plane_legend(figure: Figure | SubFigure, grid: np.ndarray, handles: Any) ->
         figure.colorbar(handles, ax=grid.ravel().tolist(), label="label", shrink=0.8)
         return
     style = {"linestyle": "", "marker": "o", "markersize": 5}
-    dots = [Line2D([], [], color=color, label=str(each), **style) for each, color in handles]
+    dots = [
+        Line2D([], [], color=color, label=_class_name(each), **style) for each, color in handles
+    ]
     figure.legend(handles=dots, loc="outside right center", title="class")
 
 

@@ -55,7 +55,7 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 2rem 1.25rem 3rem; }
+main { max-width: 66rem; margin: 0 auto; padding: 2rem 1.25rem 3rem; }
 h1 { font-size: 1.8rem; line-height: 1.2; margin: 0 0 .5rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; padding-bottom: .3rem;
   border-bottom: 1px solid var(--line); }
@@ -64,15 +64,16 @@ p, li, dd { max-width: 44rem; }
 .note, figcaption, footer { font-size: .9rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th, td { padding: .45rem .9rem; text-align: right; border-bottom: 1px solid var(--line); }
+th, td { padding: .45rem .75rem; text-align: right; border-bottom: 1px solid var(--line); }
 thead th { border-bottom-width: 2px; font-weight: 600; }
-th[scope="row"], thead th:first-child { text-align: left; padding-left: 0; }
+th[scope="row"], thead th:first-child { text-align: left; padding-left: 0;
+  position: sticky; left: 0; background: var(--paper); }
 td .se { color: var(--soft); font-size: .88em; }
 td.flagged, .flag { color: var(--flag); }
 td.flagged .se { color: inherit; }
-dl { margin: 1rem 0; }
+dl { margin: 1rem 0; display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.2rem; }
 dt { font-weight: 600; }
-dd { margin: 0 0 .5rem; color: var(--soft); }
+dd { margin: 0; color: var(--soft); }
 figure { margin: 1rem 0 1.75rem; }
 figure .picture { background: #ffffff; border: 1px solid var(--line); border-radius: 6px;
   padding: .6rem; overflow-x: auto; }
@@ -82,6 +83,7 @@ figcaption { margin-top: .5rem; max-width: 44rem; }
 pre { background: var(--tint); border: 1px solid var(--line); border-radius: 6px;
   padding: .8rem 1rem; overflow-x: auto; font: .85rem/1.5 ui-monospace, Consolas, monospace; }
 @media (max-width: 40rem) { main { padding: 1.25rem 1rem 2rem; } h1 { font-size: 1.45rem; }
+  dl { grid-template-columns: 1fr; } dd { margin-bottom: .5rem; }
   th, td { padding: .4rem .6rem; } figure img { min-width: 34rem; } }
 @media print { :root { --ink: #000; --soft: #444; --paper: #fff; --line: #bbb; --tint: #fff;
   --flag: #8a3600; } main { max-width: none; padding: 0; } body { font-size: 10pt; }
@@ -249,10 +251,10 @@ def _explain(quantity: str) -> str:
     match = re.fullmatch(r"log p\(([^|)]+?)(?:\s*\|\s*([^)]+))?\)", quantity)
     if not match:
         return ""
-    of, given = match[1], match[2]
+    of, given = (text and text.replace(", ", " and ") for text in match.groups())
     if given:
         return f"How well the model predicts {of} once it has seen {given}."
-    if "," in of:
+    if " and " in of:
         return f"How well the model describes {of} together: their joint likelihood."
     return f"How well the model describes {of} alone, everything else unseen."
 
