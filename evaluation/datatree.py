@@ -361,7 +361,7 @@ def _label(
     import arviz_base
 
     rows = len(arrays["constant_data"]["subset_observed"][0])
-    coords = {"subset": list(subsets), "row": np.arange(rows)}
+    coords: dict[str, Any] = {"subset": list(subsets), "row": np.arange(rows)}
     events = {
         name: [f"{name}_dim_{i}" for i in range(len(modality.event_shape))]
         for name, modality in vae.modalities.items()
@@ -376,11 +376,17 @@ def _label(
     tree = arviz_base.from_dict(dict(arrays), coords=coords, dims=dims)
     for group, node in arviz_base.from_dict(dict(prior), coords=coords, dims=events).items():
         tree[group] = node
-    columns = {f"row_{name}": ("row", np.asarray(values)) for name, values in labels.items()}
+    columns = {f"row_{name}": _column(name, values) for name, values in labels.items()}
     for node in tree.children.values():
         if "row" in node.dims:
             node.dataset = node.to_dataset().assign_coords(columns)
     return tree
+
+
+def _column(name: str, values: Labels) -> tuple[tuple[str, ...], np.ndarray]:
+    """Labels as a coordinate; each row may have an array of them."""
+    array = np.asarray(values)
+    return ("row", *(f"row_{name}_dim_{i}" for i in range(array.ndim - 1))), array
 
 
 def _attributes(

@@ -60,6 +60,7 @@ _MAX_BARS = 12
 _TEXT_HEIGHT, _GAP = 0.34, 0.12  # of a strip, in widths of a cell
 
 Values = Mapping[str, Tensor]
+Style = dict[str, Any]
 
 
 # Training curves --------------------------------------------------------------------------------
@@ -182,7 +183,7 @@ def _curves(history: xr.Dataset, variable: str, part: str) -> dict[str, np.ndarr
 def _draw_curve(
     ax: Axes, epochs: xr.DataArray, values: np.ndarray, label: str, color: Any, dashed: bool
 ) -> None:
-    style = {"linestyle": (0, (4, 2)) if dashed else "-", "linewidth": 1.4, "color": color}
+    style: Style = {"linestyle": (0, (4, 2)) if dashed else "-", "linewidth": 1.4, "color": color}
     marker = "o" if len(values) < 3 else None  # a single epoch is no line
     ax.plot(epochs.values + 1, values, label=label, marker=marker, markersize=4, **style)
 
@@ -224,7 +225,7 @@ def _training_legend(
         if model
     ]
     if any("validation_loss" in history for history in histories.values()):
-        dashes = {"color": _GREY, "linewidth": 1.4}
+        dashes: Style = {"color": _GREY, "linewidth": 1.4}
         handles.append(Line2D([], [], label="training", **dashes))
         handles.append(Line2D([], [], label="held out", linestyle=(0, (4, 2)), **dashes))
     if handles:
@@ -494,7 +495,7 @@ def _draw_pictures(
 def _draw_gap(ax: Axes, left: float, right: float, bottom: float, height: float) -> None:
     from matplotlib.patches import Rectangle
 
-    style = {"fill": False, "linestyle": ":", "edgecolor": _GREY}
+    style: Style = {"fill": False, "linestyle": ":", "edgecolor": _GREY}
     ax.add_patch(Rectangle((left, bottom), right - left, height, **style))
 
 
@@ -503,7 +504,7 @@ def _draw_line(ax: Axes, heights: np.ndarray, sides: tuple[float, float], zero: 
     edges = np.linspace(*sides, len(heights) + 1)
     if len(heights) <= _MAX_BARS:
         width = 0.8 * (edges[1] - edges[0])
-        style = {"align": "edge", "color": _BLUE, "linewidth": 0}
+        style: Style = {"align": "edge", "color": _BLUE, "linewidth": 0}
         ax.bar(edges[:-1], heights - zero, width, zero, **style)
     else:
         ax.plot((edges[:-1] + edges[1:]) / 2, heights, color=_BLUE, linewidth=0.7)
@@ -527,7 +528,11 @@ def _draw_texts(
             word = _word(value, is_class, class_names.get(name)) + (" ×" if wrong else "")
             color = _VERMILION if wrong else _BLUE if truth else _INK
             size = min(8.0, 48 / len(word))  # longer words would leave the cell
-            style = {"fontsize": size, "weight": "bold" if wrong else "normal", "ha": "center"}
+            style: Style = {
+                "fontsize": size,
+                "weight": "bold" if wrong else "normal",
+                "ha": "center",
+            }
             height = bottom + 0.03 + line * _TEXT_HEIGHT
             ax.text(column + 0.5, height, word, color=color, va="bottom", **style)
 
@@ -544,7 +549,7 @@ def _name_strip(
     ax: Axes, title: str, middle: float, heights: Mapping[str, float], top: float
 ) -> None:
     """Name of a strip, with the names of its modalities if it draws several."""
-    style = {"ha": "right", "fontsize": 8.5, "color": _INK, "linespacing": 1.1}
+    style: Style = {"ha": "right", "fontsize": 8.5, "color": _INK, "linespacing": 1.1}
     if len(heights) < 2:
         ax.text(-0.12, middle, title, va="center", **style)
         return
@@ -633,7 +638,7 @@ def _latents(
     return z.cpu().double().numpy(), seen.cpu().numpy()
 
 
-def _plane(z: np.ndarray) -> tuple[Any, tuple[str, str]]:
+def _plane(z: np.ndarray) -> tuple[Any, tuple[str, ...]]:
     """Projection of latents (*, D) to (*, 2), and the names of its axes."""
     if not len(z):
         raise ValueError(
@@ -654,16 +659,18 @@ def _scatter(ax: Axes, points: np.ndarray, labels: np.ndarray, every: np.ndarray
     _despine(ax)
     ax.locator_params(nbins=5)
     size = float(np.clip(3000 / max(len(points), 1), 3, 14))
-    dots = {"s": size, "linewidths": 0, "alpha": 0.75, "rasterized": True}
+    dots: Style = {"s": size, "linewidths": 0, "alpha": 0.75, "rasterized": True}
     classes = np.unique(every)
     if len(classes) > _MAX_LEGEND_CLASSES and np.issubdtype(every.dtype, np.number):
-        span = {"vmin": every.min(), "vmax": every.max(), "cmap": "viridis"}
-        return ax.scatter(*points.T, c=labels, **span, **dots)
+        span: Style = {"vmin": every.min(), "vmax": every.max(), "cmap": "viridis"}
+        return ax.scatter(points[:, 0], points[:, 1], c=labels, **span, **dots)
     colors = _palette(len(classes))
     pairs = list(zip(classes, colors, strict=True))
     shade = dict(pairs)
     if len(points):
-        ax.scatter(*points.T, c=[shade[label] for label in labels.tolist()], **dots)
+        ax.scatter(
+            points[:, 0], points[:, 1], c=[shade[label] for label in labels.tolist()], **dots
+        )
     _name_clouds(ax, points, labels, pairs)
     return pairs
 
@@ -698,8 +705,8 @@ def _name_cloud(ax: Axes, text: str, place: np.ndarray, color: Any) -> None:
     from matplotlib.patheffects import withStroke
 
     halo = [withStroke(linewidth=2.5, foreground="white")]
-    style = {"ha": "center", "va": "center", "fontsize": 9, "weight": "bold"}
-    ax.text(*place, text, color=_darker(color), path_effects=halo, **style)
+    style: Style = {"ha": "center", "va": "center", "fontsize": 9, "weight": "bold"}
+    ax.text(place[0], place[1], text, color=_darker(color), path_effects=halo, **style)
 
 
 def _plane_legend(figure: Figure | SubFigure, grid: np.ndarray, handles: Any) -> None:
@@ -708,7 +715,7 @@ def _plane_legend(figure: Figure | SubFigure, grid: np.ndarray, handles: Any) ->
     if not isinstance(handles, list):
         figure.colorbar(handles, ax=grid.ravel().tolist(), label="label", shrink=0.8)
         return
-    style = {"linestyle": "", "marker": "o", "markersize": 5}
+    style: Style = {"linestyle": "", "marker": "o", "markersize": 5}
     dots = [
         Line2D([], [], color=color, label=_class_name(each), **style) for each, color in handles
     ]
@@ -759,13 +766,13 @@ def _draw_forest(ax: Axes, column: xr.Dataset, models: Sequence[str]) -> None:
     shares = column["pareto_k"].values if "pareto_k" in column else np.zeros(len(models))
     for place, (mean, error, share) in enumerate(zip(means, errors, shares, strict=True)):
         if not np.isfinite(mean):
-            at = {"transform": ax.get_yaxis_transform(), "va": "center", "ha": "center"}
+            at: Style = {"transform": ax.get_yaxis_transform(), "va": "center", "ha": "center"}
             ax.text(0.5, place, "not available", color=_GREY, fontsize=8, style="italic", **at)
             continue
         flagged = share > FLAGGED_SHARE
         color = _VERMILION if flagged else _BLUE
         face = "white" if flagged else color
-        bar = {"fmt": "o", "markersize": 5, "capsize": 2.5, "markerfacecolor": face}
+        bar: Style = {"fmt": "o", "markersize": 5, "capsize": 2.5, "markerfacecolor": face}
         ax.errorbar(mean, place, xerr=1.96 * np.nan_to_num(error), color=color, **bar)
         if flagged:
             ax.annotate(
@@ -795,7 +802,12 @@ def _style() -> Iterator[None]:
     import seaborn as sns
     from matplotlib import rc_context
 
-    small = {"font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 8.5, "legend.fontsize": 8.5}
+    small: Style = {
+        "font.size": 9,
+        "axes.titlesize": 9.5,
+        "axes.labelsize": 8.5,
+        "legend.fontsize": 8.5,
+    }
     small |= {"xtick.labelsize": 8, "ytick.labelsize": 8, "legend.frameon": False}
     small |= {"text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _GREY}
     with rc_context(sns.axes_style("ticks") | sns.plotting_context("paper") | small):

@@ -202,7 +202,7 @@ class WeightSummary:
         self, values: Tensor, counted: Tensor, stratum: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Count, mean and sum of squared deviations of a chunk in each stratum, (C, N)."""
-        if self.num_strata == 1:
+        if stratum is None:
             count = counted.sum(0, keepdim=True)
             mean = values.sum(0, keepdim=True) / count.clamp(min=1)
             return count, mean, ((values - mean) * counted).square().sum(0, keepdim=True)

@@ -127,7 +127,9 @@ def write_report(
             "Training curves. Solid: training rows; dashed: held-out rows. Bounds of different "
             "models are different quantities; compare likelihoods in the table instead."
         )
-        sections.append(_section("Training", _figure(caption, training_figure(histories))))
+        sections.append(
+            _section("Training", _figure(caption, training_figure(histories).get_figure(root=True)))
+        )
     pictures = "".join(_figure(caption, each) for caption, each in (figures or {}).items())
     if pictures:
         sections.append(_section("What the models make of the data", pictures))
@@ -182,13 +184,15 @@ def _likelihoods(table: xr.Dataset) -> str:
         "The same likelihoods. Bars are 95 % intervals over rows; a hollow marker flags an "
         "estimate whose importance weights are heavy-tailed."
     )
-    return _section("Likelihoods of held-out rows", body + _figure(caption, figure))
+    return _section(
+        "Likelihoods of held-out rows", body + _figure(caption, figure.get_figure(root=True))
+    )
 
 
 def _cell(cell: xr.Dataset) -> str:
     mean = float(cell["mean"])
     if math.isnan(mean):
-        reason = str(cell["reason"].values) if "reason" in cell else "not available"
+        reason = str(cell["note"].values) if "note" in cell else "not available"
         return f'<td title="{html.escape(reason)}">–</td>'
     error = float(cell["standard_error"])
     spread = "" if math.isnan(error) else f' <span class="se">±{_NBSP}{error:.2f}</span>'
@@ -212,7 +216,7 @@ def _notes(table: xr.Dataset) -> str:
     error = "± is one standard error of the mean over rows"
     if "mcse" in table and table["mcse"].notnull().any():
         error += f" (the Monte Carlo part of it is at most {float(table['mcse'].max()):.2g})"
-    rows = table["num_rows"].values.ravel() if "num_rows" in table else []
+    rows = table["num_rows"].values.ravel().tolist() if "num_rows" in table else []
     counts = sorted({int(count) for count in rows if count == count and count > 0})
     if counts:
         span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"

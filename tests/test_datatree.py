@@ -159,9 +159,10 @@ def test_labels_and_chosen_subsets() -> None:
     for group in ("posterior", "log_likelihood", "observed_data", "constant_data"):
         assert tree[group]["row_label"].values.tolist() == labels
     assert tree.attrs["model"] == "mvae"
-    columns = {"speaker": torch.arange(ROWS)}
+    columns = {"speaker": torch.arange(ROWS), "traits": np.eye(ROWS, 3)}
     tree = to_datatree(exact_vae(), x, observed, labels=columns, num_draws=3, num_samples=0)
     assert tree["posterior"]["row_speaker"].values.tolist() == list(range(ROWS))
+    assert tree["posterior"]["row_traits"].dims == ("row", "row_traits_dim_0")
     assert tree.attrs["seed"] == 0
 
 

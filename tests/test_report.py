@@ -127,7 +127,7 @@ def test_reasons_of_absent_numbers_are_told(tmp_path: Path) -> None:
     table = small_table()
     reasons = np.full((2, 3), "", dtype=object)
     reasons[1, 1] = "it has no p(image)"
-    table["reason"] = (("model", "quantity"), reasons)
+    table["note"] = (("model", "quantity"), reasons)
     write_report(tmp_path / "r.html", title="t", table=table)
     assert '<td title="it has no p(image)">–</td>' in (tmp_path / "r.html").read_text()
 
