@@ -105,6 +105,7 @@ def log_likelihood(
             stacklevel=2,
         )
     sampler = _Sampler(vae, x, observed, num_samples, guide, chunk_size, on_chunk)
+    sampler.reject_empty()
     joint = sampler.marginal((*of, *given), sees, seed)
     result = joint
     if given:
@@ -132,7 +133,7 @@ def likelihood_table(
     x: Mapping[str, Tensor],
     observed: Mapping[str, Tensor] | None = None,
     *,
-    quantities: Sequence[tuple[Sequence[str], Sequence[str]]] | None = None,
+    quantities: Sequence[tuple[str | Sequence[str], str | Sequence[str]]] | None = None,
     num_samples: int = 1000,
     chunk_size: int | None = None,
     seed: int = 0,
@@ -148,7 +149,7 @@ def likelihood_table(
         x: Name to values ``(N, *event_shape)``.
         observed: Name to bool mask ``(N,)``.
         quantities: Pairs ``(of, given)``; default: everything together, each modality alone, and
-            each modality given the others.
+            each modality given the others, the modalities being those of all models.
         num_samples: K, draws of each row and marginal.
         chunk_size: Draws that are decoded at a time.
         seed: Of the draws.
@@ -160,9 +161,15 @@ def likelihood_table(
         rows above 0.7) and ``num_rows``. A quantity that a model cannot answer is NaN, with the
         reason in ``note``.
     """
-    first = next(iter(models.values()))
-    quantities = _default_quantities(list(first.modalities)) if quantities is None else quantities
-    pairs = [(tuple(of), tuple(given)) for of, given in quantities]
+    if not models:
+        raise ValueError(
+            "likelihood_table: expected at least one model, found none; pass {title: vae}"
+        )
+    known_names = {name: m for vae in models.values() for name, m in vae.modalities.items()}
+    for what, mapping in (("x", x), ("observed", observed or {})):
+        modality_names(known_names, mapping, f"likelihood_table {what}")
+    quantities = _default_quantities(list(known_names)) if quantities is None else quantities
+    pairs = [(_as_tuple(of), _as_tuple(given)) for of, given in quantities]
     titles = [quantity_name(of, given) for of, given in pairs]
     kinds = ("mean", "standard_error", "mcse", "pareto_k", "num_rows")
     table = {kind: np.full((len(models), len(pairs)), np.nan) for kind in kinds}
@@ -179,6 +186,8 @@ def likelihood_table(
                 here = {name: value for name, value in x.items() if name in vae.modalities}
                 masks = {k: v for k, v in (observed or {}).items() if k in vae.modalities}
                 sampler = _Sampler(vae, here, masks, num_samples, None, chunk_size, None)
+                if len(here) == len(x):  # what a smaller model cannot see may be elsewhere
+                    sampler.reject_empty()
             sampler.on_chunk = _telling(on_chunk, f"{title} {titles[j]}")
             rows = _conditional(sampler, known, of, given, seed)
             for kind, value in _summary(rows).items():
@@ -228,13 +237,7 @@ class _Sampler:
             else self._mask(batch.observed.get(name))
             for name in vae.modalities
         }
-        empty = ~torch.stack(list(self.masks.values())).any(0)
-        if bool(empty.any()):
-            raise ValueError(
-                f"log_likelihood: expected something observed in every row, found nothing in row "
-                f"{int(empty.nonzero()[0])}; drop such rows"
-            )
-        self.device = vae.generative.prior_loc.device
+        self.device: torch.device = vae.generative.prior_loc.device
         self.num_samples = num_samples
         self.chunk_size = chunk_size or _CHUNK.get(self.device.type, _CHUNK["cpu"])
         self.on_chunk = on_chunk
@@ -243,6 +246,15 @@ class _Sampler:
         if mask is None:
             return torch.ones(self.num_rows, dtype=torch.bool)
         return mask.expand(self.num_rows).cpu()
+
+    def reject_empty(self) -> None:
+        """Raises where a row has nothing at all."""
+        empty = ~self.has(self.masks)
+        if empty.any():
+            raise ValueError(
+                f"log_likelihood: expected something observed in every row, found nothing in row "
+                f"{int(empty.argmax())}; drop such rows"
+            )
 
     def has(self, names: Iterable[str]) -> np.ndarray:
         """The rows that have any of the named modalities, ``(N,)``."""
@@ -301,13 +313,14 @@ class _Sampler:
 @contextmanager
 def _quiet(vae: MultimodalVAE) -> Any:
     """Evaluation mode, no gradients, no parameter store, no checks that were done before."""
-    training = vae.training
+    modes = [(module, module.training) for module in vae.modules()]
     vae.eval()
     try:
         with torch.no_grad(), vae.unregistered(), pyro.validation_enabled(False):
             yield
     finally:
-        vae.train(training)
+        for module, training in modes:  # one by one: a frozen part stays in evaluation mode
+            module.training = training
 
 
 def _names(vae: MultimodalVAE, names: str | Sequence[str], what: str) -> list[str]:
@@ -362,6 +375,10 @@ def _summary(rows: Arrays) -> dict[str, float]:
         "pareto_k": float((k > _UNRELIABLE).mean()) if not np.isnan(k).all() else np.nan,
         "num_rows": float(count),
     }
+
+
+def _as_tuple(names: str | Sequence[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _default_quantities(names: list[str]) -> list[tuple[Sequence[str], Sequence[str]]]:

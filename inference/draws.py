@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import pyro
-import torch
 from pyro import poutine
 from pyro.distributions.util import detach, scale_and_mask
 from pyro.poutine.trace_struct import Trace
@@ -88,6 +87,8 @@ def draw(
     stratify = _Stratify(num_samples, start, total)
     with stratify, pyro.plate("particles", num_samples, dim=-2):
         trace = poutine.trace(guide).get_trace(x, observed, **kwargs)
+    rows = next((v.shape[0] for v in x.values() if v is not None), kwargs.get("num_rows"))
+    _check_rows(trace, rows)
     if stratify.strata is None:
         some = next(iter(_latents(trace).values()))["value"]
         log_coef = some.new_full((num_samples, 1), total).log().neg()
@@ -157,6 +158,13 @@ def log_joint(
                 f"sample every latent of the model, it samples {', '.join(found)}"
             )
         total = _add(total, _log_prob(site, site["fn"], site["value"]), name, num_rows)
+    for name in found:
+        # Its density would stand in log q alone: the weights would no longer average to p(x).
+        if name not in trace.nodes or trace.nodes[name]["is_observed"]:
+            raise ValueError(
+                f"guide site {name!r}: expected a latent of the model, found none of that name; "
+                "the guide must sample what the model samples and nothing else"
+            )
     assert total is not None
     return total, trace
 
@@ -203,8 +211,17 @@ def _latents(trace: Trace) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _check_rows(trace: Trace, num_rows: int | None) -> None:
+    # (K, 1) is a latent that all rows share: no weight of a single row exists then.
+    for name, site in _latents(trace).items():
+        if num_rows is not None and site["value"].shape[1] != num_rows:
+            raise ValueError(
+                f"guide site {name!r}: expected one draw for each of {num_rows} rows, found "
+                f"{site['value'].shape[1]}; put every sample site inside the plate over rows"
+            )
+
+
 def _add(total: Tensor | None, log_prob: Tensor, name: str, num_rows: int) -> Tensor:
-    # (K, 1) would be a latent that all rows share: no weight of a single row exists then.
     if log_prob.dim() < 1 or log_prob.shape[-1] != num_rows:
         raise ValueError(
             f"site {name!r}: expected one log probability for each of {num_rows} rows, found shape "
