@@ -211,7 +211,7 @@ def mixture_of_products(
         scale: Standard deviations, `(*, N, M, D)`.
         mask: Modalities observed in each row, `(*, N, M)`.
         prior: Which products include the prior's expert N(0, I): `"none"` of them, `"all"`, or
-            that of the row's `"full"` set (the authors' code).
+            that of the `"full"` set of all M modalities (the authors' code).
 
     Returns:
         Means and standard deviations `(*, N, 2^M - 1, D)`, log weights `(*, N, 2^M - 1)`.
@@ -221,8 +221,7 @@ def mixture_of_products(
     members, available = _components(loc, mask)
     with_prior = torch.full_like(available, prior == "all")
     if prior == "full":
-        observed = _mask_of(loc, mask).sum(-1, keepdim=True)
-        with_prior = available & (members.sum(-1) == observed)
+        with_prior = available & members.all(-1)
     loc, scale = loc.unsqueeze(-3), scale.unsqueeze(-3)  # (*, N, 1, M, D)
     chosen = members & available.unsqueeze(-1)
     log_w = mixture_weights(available, loc.new_ones(len(members)))

@@ -307,7 +307,7 @@ def test_mixtures_enumerate_the_subsets_of_each_row(name: str):
         subsets = [list(c) for k in sizes for c in itertools.combinations(observed, k)] or [[]]
         terms = []
         for subset in subsets:
-            is_full = len(subset) == len(observed)
+            is_full = len(subset) == M
             prior = name == "products_all" or (name == "products_full" and is_full)
             rule = "barycenter" if name == "barycenters" else "product" + "_with_prior" * prior
             pairs = [one_row(rule, loc[n, :, d], scale[n, :, d], subset) for d in range(D)]
