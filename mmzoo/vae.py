@@ -11,6 +11,7 @@ says how it encodes (:meth:`MultimodalVAE.encode`), how it combines what is obse
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import os
@@ -124,7 +125,8 @@ class MultimodalVAE(nn.Module):
             raise ValueError(f"family: expected one of {', '.join(_FAMILIES)}, found {family!r}")
         self.latent_dim = latent_dim
         self.family = family
-        self.options = {"family": family, "learned_prior": learned_prior, **options}
+        options = {"family": family, "learned_prior": learned_prior, **options}
+        self.options = {key: value for key, value in options.items() if _takes(type(self), key)}
         # A suffix: nn.ModuleDict refuses names such as "keys" or "type".
         self.experts = nn.ModuleDict()
         self.generative = nn.Module()
@@ -428,12 +430,18 @@ class MultimodalVAE(nn.Module):
                 f"checkpoint {directory}: expected a {cls.name!r} model, found "
                 f"{config['model']!r}; load it with mmzoo.models.MODELS[{config['model']!r}]"
             )
-        if modalities is None:
-            modalities = [Modality.from_config(each) for each in config["modalities"]]
-        vae = cls(modalities, config["latent_dim"], **config["options"])
+        try:
+            if modalities is None:
+                modalities = [Modality.from_config(each) for each in config["modalities"]]
+            vae = cls(modalities, config["latent_dim"], **config["options"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"checkpoint {directory}: expected a config.json with the options of {cls.title}, "
+                f"found others ({error}); load it with the version of mmzoo that saved it"
+            ) from error
         try:
             weights = load_file(Path(directory) / "model.safetensors")
-            vae.to(next(iter(weights.values())).dtype)
+            vae.to(next(iter(weights.values()), vae.generative.prior_loc).dtype)
             vae.load_state_dict(weights)
         except (SafetensorError, OSError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
@@ -532,6 +540,12 @@ class MultimodalVAE(nn.Module):
             return fn
         entries = len(self.modalities[name].event_shape)
         return fn.base_dist.mask(~value.isnan()).to_event(entries)
+
+
+def _takes(cls: type[MultimodalVAE], option: str) -> bool:
+    """Whether the constructor takes an option, so that a saved model can be built again."""
+    parameters = inspect.signature(cls).parameters.values()
+    return any(p.name == option or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _by_name(modalities: Sequence[Modality], cls: type[MultimodalVAE]) -> dict[str, Modality]:
