@@ -108,7 +108,8 @@ def check_batch(
             continue
         seen = masks.get(name)
         if values:
-            seen = None if seen is None else seen.reshape(-1, rows).any(0)
+            if seen is not None:
+                seen = seen.expand(*seen.shape[:-1], rows).reshape(-1, rows).any(0)
             modalities[name].check(value, seen, values=True)
         checked[name] = modalities[name].cast(value, dtype or torch.get_default_dtype())
     return Batch(checked, masks, torch.Size((*lead, rows)))
