@@ -479,6 +479,12 @@ class MultimodalVAE(nn.Module):
         blank = self.generative.prior_loc.new_zeros(rows, self.latent_dim)
         if value is None:
             return blank, blank + 1.0
+        shape = (rows, *self.modalities[name].event_shape)
+        if value.shape != shape:
+            raise ValueError(
+                f"modality {name!r}: expected values of shape {shape} for its encoder, found "
+                f"{tuple(value.shape)}; make one row of each value"
+            )
         if self.modalities[name].entrywise_missing:
             value = self._fill_entries(name, value)
         mask, network = batch.observed.get(name), self.experts[f"{name}_"]
