@@ -34,6 +34,7 @@ kappa = pi_m / K, the gradient is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -122,7 +123,9 @@ class ImportanceWeightedELBO(Objective):
         """Minus the bound of a batch, with the chosen gradient, summed over rows."""
         draws, num = self._draw(guide, x, observed, owner(model))
         doubly = self.gradient == "dreg" and torch.is_grad_enabled()
-        routes = {name: _Route(draws, z) for name, z in latent_values(draws).items()} if doubly else {}
+        routes = (
+            {name: _Route(draws, z) for name, z in latent_values(draws).items()} if doubly else {}
+        )
         values = {name: route.z for name, route in routes.items()}
         log_w = self._log_w(model, x, observed, draws, num, values)
         bound = self._value(draws, log_w)
@@ -172,7 +175,10 @@ class ImportanceWeightedELBO(Objective):
                 "found 'pooled', for which it is biased; as_published=True allows it"
             )
         num = self.num_samples * present
-        return draw(guide, x, observed, num, **kwargs), num
+        draws = draw(guide, x, observed, num, **kwargs)
+        if torch.is_grad_enabled():
+            _check_reparameterised(draws)
+        return _first_of_each(draws, self.num_samples), num
 
     def _log_w(
         self,
@@ -220,6 +226,35 @@ class ImportanceWeightedELBO(Objective):
         return [(draws.component == c, each) for c, each in enumerate(log_pi)]
 
 
+def _first_of_each(draws: Draws, num: int) -> Draws:
+    """Leaves out what a row draws beyond K from each of its components.
+
+    Rows with fewer components than others draw as often; were they all counted, the bound of a row
+    would depend on its neighbours, and K = 1 would not be K = 1.
+    """
+    if draws.mixture is None or draws.component is None:
+        return draws
+    count = draws.mixture.present[0].sum(-1)  # (N,)
+    turn = torch.arange(len(draws.component), device=count.device).unsqueeze(-1)
+    kept = turn < num * count  # the draws take the components in turn
+    log_pi = draws.mixture.log_weights.gather(-1, draws.component.unsqueeze(-1)).squeeze(-1)
+    return draws._replace(
+        component=torch.where(kept, draws.component, -1),
+        log_coef=torch.where(kept, log_pi - math.log(num), -torch.inf),
+    )
+
+
+def _check_reparameterised(draws: Draws) -> None:
+    for name, site in draws.trace.nodes.items():
+        if name in latent_values(draws) and not isinstance(site["fn"], Mixture):
+            if not site["fn"].has_rsample:
+                raise ValueError(
+                    f"guide site {name!r}: expected reparameterised draws, found "
+                    f"{type(site['fn']).__name__}, whose gradient would be wrong without notice; "
+                    "use Trace_ELBO() (score function)"
+                )
+
+
 class _Route:
     """A draw whose gradient is led back to the guide's parameters doubly reparameterised.
 
@@ -244,6 +279,7 @@ class _Route:
         q: Mixture = detach_parameters(self.draws.mixture)
         component = self.draws.component
         assert component is not None
+        component = component.clamp(min=0)  # what is left out has share and coefficient zero
         with torch.enable_grad():
             z = self.z.detach().requires_grad_()
             log_r = q.component_log_prob(z).log_softmax(-1)
