@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mmzoo import combine
+from mmzoo.distributions import Mixture
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,9 +47,15 @@ class Alignment:
         if not self.weight >= 0:
             raise ValueError(f"alignment: expected weight >= 0, found {self.weight}")
 
-    def factor(self, loc: Tensor, scale: Tensor, mask: Tensor | None = None) -> Tensor:
+    def factor(
+        self,
+        loc: Tensor,
+        scale: Tensor,
+        mask: Tensor | None = None,
+        joint: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """The weighted distance of each row, ``(N,)``, for ``pyro.factor`` in a guide."""
-        return self.weight * self.distance(loc, scale, mask)
+        return self.weight * self.distance(loc, scale, mask, joint)
 
     def distance(
         self,
@@ -104,7 +111,8 @@ class Wasserstein(Alignment):
         self, loc: Tensor, scale: Tensor, mask: Tensor | None, joint: tuple[Tensor, Tensor]
     ) -> Tensor:
         loc, scale = combine.fill(loc, scale, mask)
-        each = combine.squared_wasserstein(*(p.unsqueeze(-2) for p in joint), loc, scale)
+        joint_loc, joint_scale = (p.unsqueeze(-2) for p in joint)
+        each = combine.squared_wasserstein(joint_loc, joint_scale, loc, scale)
         return _sum_observed(each, mask)
 
 
@@ -123,7 +131,10 @@ class KLAlignment(Alignment):
             center = combine.wasserstein_barycenter(loc, scale, mask)
             each = combine.gaussian_kl(loc, scale, *(p.unsqueeze(-2) for p in center))
             return _sum_observed(each, mask)
-        wide, tall = (loc.unsqueeze(-2), scale.unsqueeze(-2)), (loc.unsqueeze(-3), scale.unsqueeze(-3))
+        wide, tall = (
+            (loc.unsqueeze(-2), scale.unsqueeze(-2)),
+            (loc.unsqueeze(-3), scale.unsqueeze(-3)),
+        )
         pairs = combine.gaussian_kl(*wide, *tall)  # (N, M, M)
         if mask is not None:
             pairs = pairs * (mask.unsqueeze(-1) & mask.unsqueeze(-2))
@@ -133,7 +144,8 @@ class KLAlignment(Alignment):
         self, loc: Tensor, scale: Tensor, mask: Tensor | None, joint: tuple[Tensor, Tensor]
     ) -> Tensor:
         loc, scale = combine.fill(loc, scale, mask)
-        each = combine.gaussian_kl(*(p.unsqueeze(-2) for p in joint), loc, scale)
+        joint_loc, joint_scale = (p.unsqueeze(-2) for p in joint)
+        each = combine.gaussian_kl(joint_loc, joint_scale, loc, scale)
         return _sum_observed(each, mask)
 
 
@@ -149,11 +161,21 @@ def alignment_terms(
     experts: Experts | None = None,
 ) -> Tensor:
     """The unweighted distance of each row between a model's unimodal posteriors, ``(N,)``."""
+    if vae.family != "normal":
+        raise ValueError(
+            f"alignment: expected Gaussian posteriors (family 'normal'), found {vae.family!r}; the "
+            "closed forms hold for no others"
+        )
     experts = vae.encode(x, observed) if experts is None else experts
     q, mask = vae.unimodal(x, observed, experts=experts)
     loc, scale = (p.transpose(0, 1) for p in (q.base_dist.loc, q.base_dist.scale))  # (N, M, D)
     joint = None
     if alignment.form == "joint":
-        base = vae.posterior(x, observed, experts=experts).base_dist
-        joint = (base.loc, base.scale)
+        posterior = vae.posterior(x, observed, experts=experts)
+        if isinstance(posterior, Mixture):
+            raise ValueError(
+                "alignment: form 'joint' expected a Gaussian posterior of the model, found a "
+                "mixture; use form 'pairwise' or 'barycenter'"
+            )
+        joint = (posterior.base_dist.loc, posterior.base_dist.scale)
     return alignment.distance(loc, scale, mask.transpose(0, 1), joint)

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from mmzoo import combine
 from mmzoo.batch import modality_names
-from mmzoo.vae import MultimodalVAE
 from mmzoo.inference.alignment import Alignment, alignment_terms
 from mmzoo.inference.objective import Objective, owner, recorded_terms, scale_sites
+from mmzoo.vae import MultimodalVAE
 
 __all__ = ["SubsetELBO"]
 
@@ -91,8 +91,14 @@ class SubsetELBO(Objective):
                     f"SubsetELBO: expected given among {', '.join(_KINDS)} or tuples of modality "
                     f"names, found {item!r}"
                 )
+            if not item:
+                raise ValueError(
+                    "SubsetELBO: expected at least one modality in each subset, found an empty one"
+                )
         _one_of("scored", scored, ("given", "observed"))
         _one_of("weights", weights, ("sum", "mean"))
+        if num_random < 0:
+            raise ValueError(f"SubsetELBO: expected num_random >= 0, found {num_random}")
         if not self.given and num_random < 1:
             raise ValueError("SubsetELBO: expected at least one subset, found none; set given=…")
         self.num_random = num_random
@@ -163,7 +169,7 @@ class SubsetELBO(Objective):
             elif item == "powerset":
                 new = combine.subsets(len(names))
             else:
-                chosen = modality_names(dict.fromkeys(names), item, "SubsetELBO given")
+                chosen = modality_names(names, item, "SubsetELBO given")
                 new = torch.tensor([[name in chosen for name in names]])
             rows.append(new)
             whole += [item != "all"] * len(new)
@@ -177,9 +183,12 @@ class SubsetELBO(Objective):
         return given, given.any(-1) & complete
 
     def _handlers(self, vae: MultimodalVAE, valid: Tensor | None) -> list[Any]:
-        factors = {name: _at(weight, self.step) for name, weight in self.modality_weights.items()}
-        modality_names(vae.modalities, factors, "SubsetELBO modality_weights")
-        beta = _at(self.beta, self.step)
+        modality_names(vae.modalities, self.modality_weights, "SubsetELBO modality_weights")
+        factors = {
+            name: _at(weight, self.step, f"modality_weights[{name!r}]")
+            for name, weight in self.modality_weights.items()
+        }
+        beta = _at(self.beta, self.step, "beta")
         if beta != 1.0:
             factors["z"] = beta
         handlers: list[Any] = []
@@ -258,8 +267,11 @@ def _masks(
     return {name: column.expand(shape) for name, column in columns if x.get(name) is not None}
 
 
-def _at(schedule: Schedule, step: int) -> float:
-    return float(schedule(step) if callable(schedule) else schedule)
+def _at(schedule: Schedule, step: int, what: str) -> float:
+    value = float(schedule(step) if callable(schedule) else schedule)
+    if not value >= 0:
+        raise ValueError(f"SubsetELBO: expected {what} >= 0, found {value} at step {step}")
+    return value
 
 
 def _one_of(what: str, found: str, known: tuple[str, ...]) -> None:
