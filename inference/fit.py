@@ -85,7 +85,7 @@ def fit(
     progress: bool = True,
     accelerator: str = "auto",
     devices: int | str = 1,
-    precision: str | None = None,
+    precision: Any = None,
     on_epoch: Callable[[int, dict[str, float]], None] | None = None,
 ) -> FitResult:
     """Trains a model, and its own guide or yours.
@@ -121,7 +121,9 @@ def fit(
     if epochs < 1 or batch_size < 1:
         raise ValueError(f"fit: expected epochs, batch_size >= 1, found {epochs}, {batch_size}")
     if patience is not None and validation is None:
-        raise ValueError("fit: expected validation rows for patience, found none; pass validation=…")
+        raise ValueError(
+            "fit: expected validation rows for patience, found none; pass validation=…"
+        )
     for what, rows in (("train", train), ("validation", validation)):
         if rows is not None:
             check_rows(vae, rows, what)
@@ -208,7 +210,9 @@ class _Trainer:
         good, best, best_epoch = self._state(), math.inf, -1
         stopped = "epochs"
         steps = math.ceil(len(train) / batch_size)
-        with _bar(epochs * steps, f"{self.vae.title}", progress and self.fabric.is_global_zero) as bar:
+        with _bar(
+            epochs * steps, f"{self.vae.title}", progress and self.fabric.is_global_zero
+        ) as bar:
             for epoch in range(epochs):
                 record = self._epoch(train.resample(epoch, seed), batch_size, seed, epoch, bar)
                 if record is None:
@@ -308,8 +312,7 @@ class _Trainer:
         record.add("wasserstein", "", distance.sum(), distance.numel())
 
     def _state(self) -> list[Tensor]:
-        buffers = [b for b in self.vae.buffers()]
-        return [t.detach().clone() for t in (*self.parameters, *buffers)]
+        return [t.detach().clone() for t in (*self.parameters, *self.vae.buffers())]
 
     def _restore(self, state: list[Tensor]) -> None:
         with torch.no_grad():
@@ -340,7 +343,7 @@ class _Bar:
         self.progress.update(self.task, epoch=f"epoch {epoch + 1}/{epochs}{text}")
 
 
-class _bar:  # noqa: N801
+class _bar:
     def __init__(self, total: int, title: str, show: bool) -> None:
         self.total, self.title, self.show = total, title, show
 

@@ -156,11 +156,11 @@ def recorded_terms(elbo: ELBO) -> Iterator[list[dict[str, tuple[Tensor, Tensor]]
         found.append(trace_terms(*traces))
         return traces
 
-    elbo._get_trace = recording  # type: ignore[attr-defined]
+    elbo._get_trace = recording
     try:
         yield found
     finally:
-        del elbo._get_trace  # type: ignore[attr-defined]
+        del elbo._get_trace
 
 
 def scale_sites(factors: dict[str, float]) -> poutine.messenger.Messenger:

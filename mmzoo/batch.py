@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +54,7 @@ class Batch:
         return next((value.device for value in self.x.values() if value is not None), None)
 
 
-def modality_names(modalities: Mapping[str, Modality], names: Iterable[str], what: str) -> list[str]:
+def modality_names(modalities: Collection[str], names: Iterable[str], what: str) -> list[str]:
     """The names as a list, or a ValueError that lists the known ones."""
     if isinstance(names, str):
         names = [names]

@@ -15,8 +15,8 @@ from torch.distributions import Distribution, constraints, register_kl
 __all__ = ["Mixture", "ScoredRows", "Strata"]
 
 _NO_RSAMPLE = (
-    "guide site 'z': expected a reparameterised posterior for TraceMeanField_ELBO, found a mixture; "
-    "use vae.objective() (stratified, low variance) or Trace_ELBO() (score function)"
+    "guide site 'z': expected a reparameterised posterior for TraceMeanField_ELBO, found a "
+    "mixture; use vae.objective() (stratified, low variance) or Trace_ELBO() (score function)"
 )
 
 
@@ -75,7 +75,7 @@ class Mixture(TorchDistribution):
         super().__init__(shape[:-1], loc.shape[-1:], validate_args=validate_args)
 
     @property
-    def has_rsample(self) -> bool:  # type: ignore[override]
+    def has_rsample(self) -> bool:
         """False; to Pyro's mean-field ELBO it says what to use instead."""
         # Pyro's own message there names neither the site nor a way out.
         if sys._getframe(1).f_code is check_fully_reparametrized.__code__:
@@ -169,7 +169,8 @@ class Mixture(TorchDistribution):
                 f"mixture posterior: expected at least one draw for each of its {int(count.max())} "
                 f"components, found num_samples={total}; raise num_samples"
             )
-        order = torch.argsort((~self.present).to(torch.uint8), dim=-1, stable=True)  # present ones first
+        # The present components first, in their order.
+        order = torch.argsort((~self.present).to(torch.uint8), dim=-1, stable=True)
         turn = torch.arange(start, start + num, device=count.device)
         rank = turn.view(-1, *(1,) * count.dim()) % count  # (K, *)
         component = order.expand(*rank.shape, -1).gather(-1, rank.unsqueeze(-1)).squeeze(-1)
@@ -205,7 +206,7 @@ class ScoredRows(TorchDistribution):
         super().__init__(mask.shape, base.event_shape, validate_args=False)
 
     @property
-    def support(self) -> constraints.Constraint:  # type: ignore[override]
+    def support(self) -> constraints.Constraint:
         """Support of the likelihood."""
         return self.base.support
 

@@ -82,6 +82,25 @@ def loc_and_scale(out: Tensor) -> tuple[Tensor, Tensor]:
     return loc, F.softplus(raw) + _MIN_SCALE
 
 
+class _Generative(nn.Module):
+    """The networks of the model, apart from those of the guide: what ``model`` registers."""
+
+    prior_loc: Tensor
+    prior_raw: Tensor
+
+    def __init__(self, latent_dim: int, learned_prior: bool) -> None:
+        super().__init__()
+        self.decoders = nn.ModuleDict()
+        self.likelihoods = nn.ModuleDict()
+        loc, raw = torch.zeros(latent_dim), torch.ones(latent_dim).expm1().log()
+        if learned_prior:
+            self.prior_loc = nn.Parameter(loc)
+            self.prior_raw = nn.Parameter(raw)
+        else:
+            self.register_buffer("prior_loc", loc, persistent=False)
+            self.register_buffer("prior_raw", raw, persistent=False)
+
+
 class MultimodalVAE(nn.Module):
     """Base class of the zoo: a Pyro model, and a guide for any set of observed modalities.
 
@@ -129,24 +148,16 @@ class MultimodalVAE(nn.Module):
         self.options = {key: value for key, value in options.items() if _takes(type(self), key)}
         # A suffix: nn.ModuleDict refuses names such as "keys" or "type".
         self.experts = nn.ModuleDict()
-        self.generative = nn.Module()
-        self.generative.decoders = nn.ModuleDict()
-        self.generative.likelihoods = nn.ModuleDict()
+        self.generative = _Generative(latent_dim, learned_prior)
         for key, modality in self.modalities.items():
             encoder = modality.make_encoder()
             likelihood = modality.make_likelihood()
-            features = feature_size(encoder, modality.event_shape, likelihood)
+            features = feature_size(
+                encoder, modality.event_shape, likelihood, where=f"modality {key!r}: encoder"
+            )
             self.experts[f"{key}_"] = Expert(encoder, features, latent_dim)
             self.generative.decoders[f"{key}_"] = modality.make_decoder(latent_dim)
             self.generative.likelihoods[f"{key}_"] = likelihood
-        loc, raw = torch.zeros(latent_dim), torch.full((latent_dim,), 1.0).expm1().log()
-        if learned_prior:
-            self.generative.prior_loc = nn.Parameter(loc)
-            self.generative.prior_raw = nn.Parameter(raw)
-        else:
-            self.generative.register_buffer("prior_loc", loc, persistent=False)
-            self.generative.register_buffer("prior_raw", raw, persistent=False)
-        self._learned_prior = learned_prior
         self._registers = True
         self._uid = next(_fresh)
 
@@ -279,7 +290,7 @@ class MultimodalVAE(nn.Module):
         """The component of exactly S, for posteriors that are mixtures over subsets."""
         return self.combine(experts, mask)
 
-    def objective(self, **options: Any) -> ELBO:
+    def objective(self, *args: Any, **options: Any) -> ELBO:
         """The objective that the model was published with; options go to its constructor."""
         raise NotImplementedError(f"{type(self).__name__} names no objective")
 
@@ -313,7 +324,7 @@ class MultimodalVAE(nn.Module):
             rows that have each modality.
         """
         batch = self.check(x, observed)
-        mask = self._mask(batch, always=True)  # (N, M)
+        mask = self._full_mask(batch)  # (N, M)
         eye = torch.eye(len(self.modalities), dtype=torch.bool, device=mask.device)
         experts = self._encode(batch) if experts is None else experts
         return self._with_prior(experts, mask & eye.unsqueeze(1), True), mask.transpose(-1, -2)
@@ -326,7 +337,9 @@ class MultimodalVAE(nn.Module):
             out = out.reshape(*lead, *out.shape[1:])
         else:
             out = tuple(part.reshape(*lead, *part.shape[1:]) for part in out)
-        return self.generative.likelihoods[f"{name}_"](out, self.modalities[name].event_shape)
+        return self.generative.likelihoods[f"{name}_"](
+            out, self.modalities[name].event_shape, where=f"modality {name!r}"
+        )
 
     def decode(self, z: Tensor) -> dict[str, TorchDistribution]:
         """``p(x_m | z)`` of every modality; ``z`` is ``(*, D)``."""
@@ -357,9 +370,7 @@ class MultimodalVAE(nn.Module):
         """
         q = self.posterior(x, observed, num_rows=num_rows)
         z = q.sample(() if num_samples is None else (num_samples,))
-        return {
-            name: _mean(p) if mean else p.sample() for name, p in self.decode(z).items()
-        }
+        return {name: _mean(p) if mean else p.sample() for name, p in self.decode(z).items()}
 
     def check(
         self,
@@ -461,12 +472,12 @@ class MultimodalVAE(nn.Module):
             if value.requires_grad and not (skip and key.startswith(skip)):
                 pyro.param(f"{type(self).__name__}_{self._uid}_{part}$$${key}", value)
 
-    def _mask(self, batch: Batch, *, always: bool = False) -> Tensor | None:
+    def _full_mask(self, batch: Batch) -> Tensor:
         mask = batch.mask(self.modalities)
-        if mask is None and always:
-            shape = (*batch.shape, len(self.modalities))
-            return torch.ones(shape, dtype=torch.bool, device=batch.device)
-        return mask
+        if mask is not None:
+            return mask
+        shape = (*batch.shape, len(self.modalities))
+        return torch.ones(shape, dtype=torch.bool, device=batch.device)
 
     def _encode(self, batch: Batch) -> Experts:
         pairs = [self._expert(name, batch) for name in self.modalities]
@@ -500,7 +511,7 @@ class MultimodalVAE(nn.Module):
     def _posterior(
         self, batch: Batch, experts: Experts | None, component: bool
     ) -> TorchDistribution:
-        mask = self._mask(batch)
+        mask = batch.mask(self.modalities)
         if mask is not None and not bool(mask.any()):
             return self.prior().expand(batch.shape)
         experts = self._encode(batch) if experts is None else experts
@@ -519,8 +530,10 @@ class MultimodalVAE(nn.Module):
         prior = self.prior().base_dist
         if isinstance(q, Mixture):
             where = empty[..., None, None]
-            loc, scale = torch.where(where, prior.loc, q.loc), torch.where(where, prior.scale, q.scale)
-            return Mixture(q.log_weights, loc, scale, family=q.family)
+            loc = torch.where(where, prior.loc, q.loc)
+            return Mixture(
+                q.log_weights, loc, torch.where(where, prior.scale, q.scale), family=q.family
+            )
         base, where = q.base_dist, empty.unsqueeze(-1)
         return self.diagonal(
             torch.where(where, prior.loc, base.loc), torch.where(where, prior.scale, base.scale)
@@ -545,7 +558,8 @@ class MultimodalVAE(nn.Module):
         if not self.modalities[name].entrywise_missing:
             return fn
         entries = len(self.modalities[name].event_shape)
-        return fn.base_dist.mask(~value.isnan()).to_event(entries)
+        base = fn.base_dist if entries else fn
+        return base.mask(~value.isnan()).to_event(entries)
 
 
 def _takes(cls: type[MultimodalVAE], option: str) -> bool:
@@ -566,8 +580,14 @@ def _by_name(modalities: Sequence[Modality], cls: type[MultimodalVAE]) -> dict[s
         raise ValueError(f"modalities: expected different names, found {names}")
     most = cls.max_modalities
     if len(by_name) < cls.min_modalities or (most is not None and len(by_name) > most):
-        span = f"{cls.min_modalities}" if most == cls.min_modalities else (
-            f"at least {cls.min_modalities}" if most is None else f"{cls.min_modalities} to {most}"
+        span = (
+            f"{cls.min_modalities}"
+            if most == cls.min_modalities
+            else (
+                f"at least {cls.min_modalities}"
+                if most is None
+                else f"{cls.min_modalities} to {most}"
+            )
         )
         raise ValueError(
             f"{cls.title}: expected {span} modalities, found {len(by_name)}; "

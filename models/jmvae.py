@@ -66,13 +66,14 @@ class JMVAE(MultimodalVAE):
 
     def __init__(self, modalities: Any, latent_dim: int = 16, *, hidden: int = 256) -> None:
         super().__init__(modalities, latent_dim, hidden=hidden)
-        self.joint_encoders = nn.ModuleList()
+        encoders: list[nn.Module] = []
         features = 0
         for modality in self.modalities.values():
             encoder = modality.make_encoder()
             size = feature_size(encoder, modality.event_shape, modality.make_likelihood())
             features += 2 * latent_dim if size is None else size
-            self.joint_encoders.append(encoder)
+            encoders.append(encoder)
+        self.joint_encoders = nn.ModuleList(encoders)
         self.joint = nn.Sequential(
             nn.Linear(features, hidden), nn.SiLU(), nn.Linear(hidden, 2 * latent_dim)
         )
@@ -82,7 +83,7 @@ class JMVAE(MultimodalVAE):
         loc, scale = super()._encode(batch)
         # Prior times expert: never wider than the prior.
         loc, scale = combine.product_of_experts(loc.unsqueeze(-2), scale.unsqueeze(-2))
-        mask = self._mask(batch, always=True)
+        mask = self._full_mask(batch)
         complete = mask.reshape(-1, *mask.shape[-2:]).any(0).all(-1)  # (N,)
         joint = self._joint(batch, complete)
         return Experts(

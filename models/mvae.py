@@ -50,7 +50,7 @@ class MVAE(MultimodalVAE):
 
     name = "mvae"
     title = "MVAE"
-    paper = "Multimodal Generative Models for Scalable Weakly-Supervised Learning (Wu & Goodman, 2018)"
+    paper = "Multimodal Generative Models for Weakly-Supervised Learning (Wu & Goodman, 2018)"
     year = 2018
     posterior_kind = "product of experts, with the prior"
     objective_name = "ELBO over all, singles, random subsets"

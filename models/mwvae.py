@@ -48,7 +48,7 @@ class MWVAE(MultimodalVAE):
         >>> from mmzoo import Modality
         >>> vae = MWVAE([Modality("a", (4,)), Modality("b", (3,))], latent_dim=2)
         >>> vae.objective().alignment[0]
-        Wasserstein(weight=10.0, form='pairwise')
+        Wasserstein(weight=1.0, form='pairwise')
     """
 
     name = "mwvae"
@@ -66,7 +66,7 @@ class MWVAE(MultimodalVAE):
         return self.diagonal(*combine.wasserstein_barycenter(*experts, mask))
 
     def objective(
-        self, *, alignment_weight: float = 10.0, form: str = "pairwise", **options: Any
+        self, *, alignment_weight: float = 1.0, form: str = "pairwise", **options: Any
     ) -> ELBO:
         """Unimodal ELBOs and the alignment.
 
