@@ -1,0 +1,646 @@
+"""Runs: training and evaluating models from a configuration, and the folders that keep them.
+
+The folder of a model is a run of its own, and a comparison is a folder of such folders:
+
+    runs/digits/            config.toml  table.csv  table.md  report.html  figures/
+    runs/digits/mvae/       config.toml  config.json  model.safetensors  history.nc
+                            evaluation.nc  table.nc
+
+Each file is written beside its place and then moved there; `history.nc` says that training is over,
+`table.nc` that the evaluation is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyro
+import torch
+import xarray as xr
+from pyro.infer import ELBO
+
+from mmzoo.data import DATASETS, MultimodalDataset, load, missing_completely_at_random
+from mmzoo.evaluation.config import RunConfig, read_config, write_config
+from mmzoo.evaluation.datatree import save_datatree, to_datatree
+from mmzoo.evaluation.likelihood import likelihood_table
+from mmzoo.inference import SubsetELBO, fit
+from mmzoo.modality import Modality
+from mmzoo.models import MODELS
+from mmzoo.networks import is_image
+from mmzoo.seeding import seeded
+from mmzoo.vae import MultimodalVAE
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "FLAGGED_SHARE",
+    "Run",
+    "build",
+    "class_accuracy",
+    "evaluate_run",
+    "load_data",
+    "merge_tables",
+    "model_class",
+    "prepare_folder",
+    "read_run",
+    "table_cells",
+    "table_note",
+    "train_run",
+    "write_summary",
+]
+
+FLAGGED_SHARE = 0.1
+"""A likelihood with a larger share of rows whose Pareto k exceeds 0.7 is marked as unreliable."""
+
+OnChunk = Callable[[str, int, int], None]
+_KEPT_ROWS, _KEPT_DRAWS = 100, 100  # of evaluation.nc
+_PICTURE_ROWS, _PLANE_ROWS = 10, 1000
+_ACCURACY_DRAWS, _ACCURACY_ROWS = 100, 256
+_MODEL_FILES = (
+    "config.json",
+    "model.safetensors",
+    "history.nc",
+    "evaluation.nc",
+    "table.nc",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One trained model in its folder.
+
+    Attributes:
+        folder: Where it is kept.
+        config: What it was trained with; one model.
+        vae: The model, in evaluation mode.
+        history: Of its training.
+        table: Its likelihoods and accuracies, None before it is evaluated.
+    """
+
+    folder: Path
+    config: RunConfig
+    vae: MultimodalVAE
+    history: xr.Dataset
+    table: xr.Dataset | None
+
+
+# Making -----------------------------------------------------------------------------------------
+
+
+def model_class(name: str) -> type[MultimodalVAE]:
+    """The class of a model by its name on the command line."""
+    if name not in MODELS:
+        raise ValueError(f"model {name!r}: unknown; known models: {', '.join(MODELS)}")
+    return MODELS[name]
+
+
+def load_data(config: RunConfig) -> tuple[MultimodalDataset, MultimodalDataset]:
+    """The training rows, with their simulated missingness, and the complete test rows."""
+    binarize = None if config.binarize == "none" else config.binarize
+    train, test = load(config.data, config.root, binarize=binarize, seed=config.seed)
+    if config.limit is not None:
+        train, test = (rows.subset(range(min(len(rows), config.limit))) for rows in (train, test))
+    if config.missing:
+        masks = missing_completely_at_random(train, config.missing, seed=config.seed)
+        train = train.with_observed(masks)
+    return train, test
+
+
+def build(
+    config: RunConfig, model: str, modalities: Sequence[Modality]
+) -> tuple[MultimodalVAE, ELBO]:
+    """A fresh model and its objective.
+
+    Args:
+        config: The configuration.
+        model: Which of its models.
+        modalities: What the data set has.
+
+    Raises:
+        ValueError: For an unknown model or option, or modalities that the model cannot take.
+    """
+    cls = model_class(model)
+    options = dict(config.options.get(model, {}))
+    ours = _keywords(cls.__init__)
+    theirs = _keywords(cls.objective)
+    if _is_open(cls.objective):
+        theirs |= _keywords(SubsetELBO) - {"alignment", "elbo"}  # objects, not words
+    if unknown := sorted(set(options) - ours - theirs):
+        raise ValueError(
+            f"option {unknown[0]!r}: unknown to {model}; its options: "
+            f"{', '.join(sorted(ours | theirs))}"
+        )
+    parts = [_with_networks(config, modality) for modality in modalities]
+    try:
+        with seeded(config.seed):
+            own = {key: value for key, value in options.items() if key in ours}
+            vae = cls(parts, config.latent_dim, **own)
+        objective = vae.objective(**{k: v for k, v in options.items() if k not in ours})
+    except TypeError as error:
+        raise ValueError(f"options of {model}: {error}; check {options}") from error
+    return vae, objective
+
+
+def _keywords(function: Callable[..., Any]) -> set[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
+
+
+def _is_open(function: Callable[..., Any]) -> bool:
+    return any(
+        each.kind is each.VAR_KEYWORD for each in inspect.signature(function).parameters.values()
+    )
+
+
+def _with_networks(config: RunConfig, modality: Modality) -> Modality:
+    """The modality with the networks that the configuration asks for."""
+    network: Any = None
+    if config.network == "conv" and is_image(modality.event_shape):
+        network = "conv"
+    elif config.network == "mlp":
+        network = {"kind": "mlp", "hidden": list(config.hidden)} if config.hidden else "mlp"
+    return Modality(
+        modality.name,
+        modality.event_shape,
+        modality.likelihood,
+        encoder=network,
+        decoder=network,
+        entrywise_missing=modality.entrywise_missing,
+    )
+
+
+def prepare_folder(
+    folder: Path, config: RunConfig, command: str, *, resume: bool, overwrite: bool
+) -> None:
+    """Makes the folder of a run and writes its `config.toml`; finished runs are not overwritten.
+
+    Args:
+        folder: The folder.
+        config: What is going to be run.
+        command: ``"train"`` or ``"compare"``.
+        resume: Keep the finished models of a run with the same configuration.
+        overwrite: Remove the models of an older run.
+
+    Raises:
+        ValueError: If the folder holds a run already, or another one than is to be resumed.
+    """
+    path = folder / "config.toml"
+    if path.exists() and not overwrite:
+        if not resume:
+            raise ValueError(
+                f"{folder}: holds a run already; add --resume to keep its finished models, "
+                "--overwrite to start again, or choose another --out"
+            )
+        _check_same(folder, read_config(path)[1], config)
+    if overwrite:
+        _clear(folder, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(config, command, path)
+
+
+def _check_same(folder: Path, before: RunConfig, now: RunConfig) -> None:
+    free = ("models", "options", "root", "threads", "device")
+    for field in dataclasses.fields(RunConfig):
+        old, new = getattr(before, field.name), getattr(now, field.name)
+        if field.name not in free and old != new:
+            raise ValueError(
+                f"{folder}: was made with {field.name} = {old!r}, now it is {new!r}; repeat it as "
+                "it was, start again with --overwrite, or choose another --out"
+            )
+    for model in set(before.models) & set(now.models):
+        old, new = (dict(each.options.get(model, {})) for each in (before, now))
+        if old != new:
+            raise ValueError(
+                f"{folder}: {model} was made with the options {old}, now they are {new}; repeat it "
+                "as it was, start again with --overwrite, or choose another --out"
+            )
+
+
+def _clear(folder: Path, config: RunConfig) -> None:
+    """Removes what an older run left, and nothing else."""
+    for each in (folder, *(folder / model for model in MODELS)):
+        for name in (*_MODEL_FILES, "config.toml", "table.csv", "table.md", "report.html"):
+            (each / name).unlink(missing_ok=True)
+    if (folder / "figures").is_dir():
+        shutil.rmtree(folder / "figures")
+
+
+def train_run(
+    config: RunConfig,
+    model: str,
+    folder: str | os.PathLike[str],
+    *,
+    data: tuple[MultimodalDataset, MultimodalDataset] | None = None,
+    progress: bool = True,
+) -> Run:
+    """Trains one model of a configuration and keeps it in a folder.
+
+    Args:
+        config: The configuration.
+        model: Which of its models.
+        folder: Where to keep it.
+        data: Training and test rows, if they are at hand.
+        progress: Whether to show a progress bar.
+    """
+    folder = Path(folder)
+    train, _ = load_data(config) if data is None else data
+    vae, objective = build(config, model, train.modalities or ())
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _MODEL_FILES:
+        (folder / name).unlink(missing_ok=True)
+    write_config(config.only(model), "train", folder / "config.toml")
+    result = fit(
+        vae,
+        train,
+        objective=objective,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        seed=config.seed,
+        progress=progress,
+        accelerator=config.device,
+    )
+    pyro.clear_param_store()
+    vae.save_pretrained(folder)
+    result.history.attrs |= {"model": model, "stopped": result.stopped}
+    _save(result.history, folder / "history.nc")
+    return Run(folder, config.only(model), vae, result.history, None)
+
+
+def read_run(folder: str | os.PathLike[str]) -> list[Run]:
+    """The trained models of a run folder: of a single model, or of a comparison.
+
+    Raises:
+        ValueError: For a folder that is no run, or a checkpoint that does not fit.
+    """
+    folder = Path(folder)
+    if not (folder / "config.toml").is_file():
+        raise ValueError(
+            f"run {folder}: expected a folder with config.toml, found none; name a folder that "
+            "mmzoo train or compare wrote"
+        )
+    command, config = read_config(folder / "config.toml")
+    if command == "train":
+        return [_read_model(folder, config)]
+    known = [folder / model for model in config.models]
+    trained = [each for each in known if (each / "history.nc").is_file()]
+    if not trained:
+        raise ValueError(
+            f"run {folder}: expected a trained model, found none; finish it with "
+            f"mmzoo compare --config {folder}/config.toml --resume"
+        )
+    return [run for each in trained for run in read_run(each)]
+
+
+def _read_model(folder: Path, config: RunConfig) -> Run:
+    if not (folder / "history.nc").is_file():
+        raise ValueError(
+            f"run {folder}: expected a trained model, found none; finish it with "
+            f"mmzoo train --config {folder}/config.toml --resume"
+        )
+    vae = model_class(config.models[0]).from_pretrained(folder).eval()
+    table = folder / "table.nc"
+    return Run(
+        folder, config, vae, _read(folder / "history.nc"), _read(table) if table.is_file() else None
+    )
+
+
+def _save(dataset: xr.Dataset, path: Path) -> None:
+    part = path.with_name(f"{path.name}.part")
+    dataset.to_netcdf(part, engine="h5netcdf")
+    os.replace(part, path)
+
+
+def _read(path: Path) -> xr.Dataset:
+    try:
+        with xr.open_dataset(path, engine="h5netcdf") as dataset:
+            return dataset.load()
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path}: expected a NetCDF file, found none that can be read ({error}); "
+            "train or evaluate the model again"
+        ) from error
+
+
+# Evaluating -------------------------------------------------------------------------------------
+
+
+def evaluate_run(
+    run: Run,
+    *,
+    test: MultimodalDataset | None = None,
+    num_samples: int | None = None,
+    limit: int | None = None,
+    on_chunk: OnChunk | None = None,
+) -> Run:
+    """Likelihoods, accuracies and the ArviZ export of a model, kept in its folder.
+
+    Args:
+        run: The trained model.
+        test: Test rows, if they are at hand.
+        num_samples: Importance samples of each row; default: as configured.
+        limit: Only the first so many test rows.
+        on_chunk: As in :func:`mmzoo.evaluation.likelihood_table`.
+    """
+    config, vae = run.config, run.vae
+    test = load_data(config)[1] if test is None else test
+    if limit is not None:
+        test = test.subset(range(min(len(test), limit)))
+    num_samples = config.num_samples if num_samples is None else num_samples
+    vae.to(_device(config.device))
+    x, observed = test.tensors()
+    table = likelihood_table(
+        {vae.title: vae},
+        x,
+        observed,
+        num_samples=num_samples,
+        seed=config.seed,
+        on_chunk=on_chunk,
+    )
+    accuracy = class_accuracy(vae, test, seed=config.seed)
+    table["accuracy"] = xr.DataArray(
+        np.array([list(accuracy.values())]),
+        dims=("model", "predicted"),
+        coords={"predicted": list(accuracy)},
+    )
+    table.attrs |= _identity(config, len(test))
+    few = test.subset(range(min(len(test), _KEPT_ROWS)))
+    x, observed = few.to(_device(config.device)).tensors()
+    tree = to_datatree(
+        vae,
+        x,
+        observed,
+        labels=few.labels,
+        num_draws=_KEPT_DRAWS,
+        num_samples=num_samples,
+        seed=config.seed,
+    )
+    save_datatree(tree, run.folder / "evaluation.nc")
+    _save(table, run.folder / "table.nc")
+    vae.to("cpu")
+    return dataclasses.replace(run, table=table)
+
+
+def _identity(config: RunConfig, rows: int) -> dict[str, Any]:
+    """What tables must share to be compared."""
+    return {
+        "data": config.data,
+        "binarize": config.binarize,
+        "data_seed": config.seed,
+        "rows": rows,
+    }
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+@torch.no_grad()
+def class_accuracy(
+    vae: MultimodalVAE, rows: MultimodalDataset, *, num_draws: int = _ACCURACY_DRAWS, seed: int = 0
+) -> dict[str, float]:
+    """How often the likeliest class is the true one, each class given all other modalities.
+
+    The probabilities are ``mean_k p(label | z_k)`` with ``z_k ~ q(z | the others)``.
+
+    Args:
+        vae: The model.
+        rows: The rows; those that lack the class, or everything else, do not count.
+        num_draws: K.
+        seed: Of the draws.
+
+    Returns:
+        A name such as ``"label | image"`` to the share of rows.
+    """
+    result = {}
+    for name, modality in vae.modalities.items():
+        others = [other for other in vae.modalities if other != name]
+        if modality.likelihood.name not in ("one_hot_categorical", "categorical") or not others:
+            continue
+        if modality.likelihood.name == "categorical" and modality.event_shape:
+            continue
+        right = []
+        with seeded(seed), vae.unregistered():
+            for x, observed in rows.batches(_ACCURACY_ROWS):
+                right.append(_right(vae, name, x, observed, num_draws))
+        result[f"{name} | {', '.join(others)}"] = float(torch.cat(right).double().mean())
+    return result
+
+
+def _right(
+    vae: MultimodalVAE, name: str, x: dict[str, Any], observed: dict[str, Any], num_draws: int
+) -> torch.Tensor:
+    """Whether the likeliest class is right, for the rows that have it and something else."""
+    device = vae.generative.prior_loc.device
+    batch = vae.check(
+        {key: value.to(device) for key, value in x.items()},
+        {k: v.to(device) for k, v in observed.items()},
+    )
+    mask = batch.mask(vae.modalities)
+    index = list(vae.modalities).index(name)
+    if mask is None:
+        kept = torch.ones(batch.shape[-1], dtype=torch.bool, device=device)
+    else:
+        others = torch.cat([mask[..., :index], mask[..., index + 1 :]], -1)
+        kept = mask[..., index] & others.any(-1)
+    given = {key: value[kept] for key, value in batch.x.items() if key != name}
+    seen = {key: value[kept] for key, value in batch.observed.items() if key in given}
+    q = vae.posterior(given, seen)
+    p = vae.likelihood(name, q.sample((num_draws,)))
+    one_hot = vae.modalities[name].likelihood.name == "one_hot_categorical"
+    found = (p.mean if one_hot else p.probs).mean(0).argmax(-1)
+    truth = batch.x[name][kept]
+    return found == (truth.argmax(-1) if one_hot else truth)
+
+
+# Summaries --------------------------------------------------------------------------------------
+
+
+def merge_tables(runs: Sequence[Run]) -> xr.Dataset:
+    """One table of evaluated models.
+
+    Raises:
+        ValueError: For a model that was not evaluated, or evaluations of different rows.
+    """
+    tables = []
+    titles = _titles(runs)
+    for run, title in zip(runs, titles, strict=True):
+        if run.table is None:
+            raise ValueError(
+                f"run {run.folder}: expected likelihoods, found none; run "
+                f"mmzoo evaluate {run.folder}"
+            )
+        tables.append(run.table.assign_coords(model=[title]))
+    for run, table in zip(runs, tables, strict=True):
+        for key, value in tables[0].attrs.items():
+            if table.attrs.get(key) != value and key not in ("num_samples", "seed"):
+                raise ValueError(
+                    f"run {run.folder}: expected likelihoods of the same rows as in "
+                    f"{runs[0].folder}, found {key} = {table.attrs.get(key)} instead of "
+                    f"{value}; compare runs of one data set, seed and size"
+                )
+    return xr.concat(tables, "model", join="outer", combine_attrs="override")
+
+
+def _titles(runs: Sequence[Run]) -> list[str]:
+    """Title of each model; the folder is added where two would have the same."""
+    titles = [run.vae.title for run in runs]
+    return [
+        title if titles.count(title) == 1 else f"{title} ({run.folder})"
+        for title, run in zip(titles, runs, strict=True)
+    ]
+
+
+def table_cells(table: xr.Dataset) -> dict[str, dict[str, str]]:
+    """A table as text: column to model to cell; an unreliable mean has a mark ``!`` and the share.
+
+    Args:
+        table: Result of :func:`merge_tables`.
+    """
+    columns: dict[str, dict[str, str]] = {}
+    for quantity in map(str, table["quantity"].values):
+        cells = table.sel(quantity=quantity)
+        columns[quantity] = {
+            str(model): _cell(cells.sel(model=model)) for model in table["model"].values
+        }
+    for predicted in map(str, table["predicted"].values) if "predicted" in table.dims else ():
+        cells = table["accuracy"].sel(predicted=predicted)
+        columns[f"accuracy {predicted}"] = {
+            str(model): f"{100 * float(cells.sel(model=model)):.1f} %"
+            for model in table["model"].values
+        }
+    return columns
+
+
+def _cell(cell: xr.Dataset) -> str:
+    mean, error, share = (float(cell[key]) for key in ("mean", "standard_error", "pareto_k"))
+    if np.isnan(mean):
+        return "–"
+    text = f"{mean:.2f}" if np.isnan(error) else f"{mean:.2f} ± {error:.2f}"
+    return f"{text} !{100 * share:.0f}%" if share > FLAGGED_SHARE else text
+
+
+def write_summary(runs: Sequence[Run], folder: str | os.PathLike[str], command: str) -> xr.Dataset:
+    """Writes `table.csv`, `table.md`, the figures and `report.html` of evaluated models.
+
+    Args:
+        runs: The models.
+        folder: Where to write.
+        command: The command that repeats the run, for the report.
+
+    Returns:
+        The table.
+    """
+    from mmzoo.evaluation.figures import plot_likelihood_table, training_figure
+    from mmzoo.evaluation.report import write_report
+
+    folder = Path(folder)
+    table = merge_tables(runs)
+    folder.mkdir(parents=True, exist_ok=True)
+    _frame(table).to_csv(folder / "table.csv", index=False)
+    (folder / "table.md").write_text(_markdown(table), encoding="utf-8")
+    histories = dict(zip(_titles(runs), (run.history for run in runs), strict=True))
+    pictures = folder / "figures"
+    pictures.mkdir(exist_ok=True)
+    _save_figure(training_figure(histories), pictures / "training.png")
+    _save_figure(plot_likelihood_table(table), pictures / "likelihoods.png")
+    _, test = load_data(runs[0].config)
+    captions = {}
+    for title, run in zip(_titles(runs), runs, strict=True):
+        for kind, (caption, figure) in _pictures(run.vae, test, run.config.seed).items():
+            path = pictures / f"{_slug(title)}-{kind}.png"
+            _save_figure(figure, path)
+            captions[f"{title}. {caption}"] = path
+    first = runs[0].config
+    write_report(
+        folder / "report.html",
+        title=f"Multimodal VAEs on {DATASETS[first.data].title}",
+        table=table,
+        histories=histories,
+        figures=captions,
+        config={run.folder.name: run.config.as_dict() for run in runs},
+        command=command,
+        lead=_lead(table, first),
+    )
+    return table
+
+
+def _lead(table: xr.Dataset, config: RunConfig) -> str:
+    info = DATASETS[config.data]
+    return (
+        f"{info.description} Likelihoods of {table.attrs['rows']} test rows with "
+        f"{table.attrs['num_samples']} importance samples each. Data: {info.source}, {info.url}"
+    )
+
+
+def _frame(table: xr.Dataset) -> pandas.DataFrame:
+    """One line for each model and quantity, the accuracies below."""
+    frame = table.drop_dims("predicted", errors="ignore").to_dataframe().reset_index()
+    if "predicted" not in table.dims:
+        return frame
+    import pandas as pd
+
+    accuracy = table["accuracy"].to_dataframe().reset_index()
+    accuracy["quantity"] = "accuracy " + accuracy.pop("predicted")
+    accuracy["num_rows"] = table.attrs["rows"]
+    return pd.concat([frame, accuracy.rename(columns={"accuracy": "mean"})], ignore_index=True)
+
+
+def _markdown(table: xr.Dataset) -> str:
+    columns = table_cells(table)
+    lines = ["| model | " + " | ".join(each.replace("|", "\\|") for each in columns) + " |"]
+    lines.append("|---|" + "---:|" * len(columns))
+    for model in map(str, table["model"].values):
+        lines.append(f"| {model} | " + " | ".join(each[model] for each in columns.values()) + " |")
+    return "\n".join([*lines, "", table_note(table), ""])
+
+
+def table_note(table: xr.Dataset) -> str:
+    """What the numbers of a table are."""
+    note = (
+        f"Nats per row, mean ± standard error over {table.attrs['rows']} test rows, "
+        f"{table.attrs['num_samples']} importance samples each."
+    )
+    if bool((table["pareto_k"] > FLAGGED_SHARE).any()):
+        note += " !n%: not reliable, Pareto k > 0.7 in n% of the rows."
+    return note
+
+
+def _pictures(
+    vae: MultimodalVAE, test: MultimodalDataset, seed: int
+) -> Mapping[str, tuple[str, Figure]]:
+    from mmzoo.evaluation.figures import plot_latent_plane, plot_reconstructions, plot_samples
+
+    x, observed = test.subset(range(min(len(test), _PICTURE_ROWS))).tensors()
+    found: dict[str, tuple[str, Any]] = {
+        "reconstructions": (
+            "Test rows on top, below what the model makes of each observed subset.",
+            plot_reconstructions(vae, x, observed, num_rows=_PICTURE_ROWS, seed=seed).figure,
+        ),
+        "samples": ("Samples from the prior.", plot_samples(vae, seed=seed).figure),
+    }
+    if test.labels:
+        label, values = next(iter(test.labels.items()))
+        x, observed = test.subset(range(min(len(test), _PLANE_ROWS))).tensors()
+        plane = plot_latent_plane(vae, x, values[:_PLANE_ROWS], observed, seed=seed)
+        found["latents"] = (f"Latents given each observed subset, coloured by {label}.", plane)
+    return found
+
+
+def _slug(title: str) -> str:
+    return "".join(each if each.isalnum() else "-" for each in title.lower()).strip("-")
+
+
+def _save_figure(figure: Figure, path: Path) -> None:
+    figure.savefig(path, facecolor="white")

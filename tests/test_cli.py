@@ -1,0 +1,552 @@
+"""The command line: what it leaves behind, that it can be repeated, and what it says when wrong."""
+
+import csv
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+from typer.testing import CliRunner, Result
+
+import mmzoo.evaluation.runs as runs_module
+from mmzoo import cli
+from mmzoo.data import DATASETS, digits
+from mmzoo.evaluation import load_datatree
+from mmzoo.evaluation.config import DEFAULT_MODELS, RunConfig, read_config, to_toml, write_config
+from mmzoo.evaluation.runs import build, class_accuracy, load_data, read_run
+from mmzoo.models import MODELS
+
+TINY = "--data digits --limit 24 --epochs 1 --num-samples 8 --latent-dim 2 --hidden 8".split()
+TWO = ["compare", *TINY, "--models", "mvae,mmvae"]
+
+
+def call(*words: object, width: int = 80) -> Result:
+    """Runs the command line in this process, in a terminal of that width."""
+    return CliRunner().invoke(cli.app, list(map(str, words)), env={"COLUMNS": str(width)})
+
+
+def works(*words: object, width: int = 80) -> str:
+    """Runs a command that must work, and gives what it prints."""
+    result = call(*words, width=width)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny comparison; tests do not change it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    try:
+        works(*TWO, "--out", folder)
+    finally:
+        torch.set_default_dtype(before)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty working folder, without a folder of data sets."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MMZOO_DATA", raising=False)
+
+
+# What is listed -----------------------------------------------------------------------------------
+
+
+def test_models_are_listed() -> None:
+    shown = works("models")
+    assert all(name in shown and str(cls.year) in shown for name, cls in MODELS.items())
+
+
+def test_data_sets_are_listed() -> None:
+    shown = works("data", width=200)
+    assert all(info.url in shown for info in DATASETS.values())
+    assert shown.count("missing") == sum(info.needs_root for info in DATASETS.values())
+    assert "built in" in shown
+
+
+def test_files_are_found(data_root: Path) -> None:
+    assert "found" in works("data", "--root", data_root)
+
+
+def test_help_names_every_command() -> None:
+    shown = works()
+    assert works("--help") == shown
+    for name in ("models", "data", "train", "evaluate", "compare", "report"):
+        assert f" {name} " in shown
+        assert "Usage" in works(name, "--help")
+
+
+def test_version() -> None:
+    assert works("--version") == "mmzoo 0.1.0\n"
+
+
+def test_listing_imports_nothing_heavy() -> None:
+    heavy = {
+        "lightning",
+        "matplotlib",
+        "seaborn",
+        "sklearn",
+        "torchvision",
+        "arviz",
+        "transformers",
+    }
+    code = (
+        "import sys\nfrom mmzoo.cli import main\nsys.argv = ['mmzoo', 'models']\n"
+        "try:\n    main()\nexcept SystemExit:\n"
+        f"    print('heavy:', *({heavy!r} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1].split() == ["heavy:"]
+
+
+# What a comparison leaves -------------------------------------------------------------------------
+
+
+def test_comparison_leaves_a_run_folder(compared: Path) -> None:
+    files = {path.relative_to(compared).as_posix() for path in compared.rglob("*")}
+    assert {"config.toml", "table.csv", "table.md", "report.html", "figures/training.png"} <= files
+    for model in ("mvae", "mmvae"):
+        assert {f"{model}/{name}" for name in (*runs_module._MODEL_FILES, "config.toml")} <= files
+        assert f"figures/{model}-reconstructions.png" in files
+        assert load_datatree(compared / model / "evaluation.nc")["posterior"].sizes["row"] == 24
+        with xr.open_dataset(compared / model / "history.nc") as history:
+            assert history.sizes["epoch"] == 1
+    assert not [name for name in files if name.endswith(".part")]
+    assert 'src="http' not in (compared / "report.html").read_text()
+
+
+def test_table_holds_what_was_estimated(compared: Path) -> None:
+    rows = read_csv(compared / "table.csv")
+    found = {(row["model"], row["quantity"]): float(row["mean"]) for row in rows}
+    for run in read_run(compared):
+        assert run.table is not None
+        for quantity in run.table["quantity"].values:
+            mean = run.table["mean"].sel(quantity=quantity).item()
+            assert found[run.vae.title, str(quantity)] == pytest.approx(mean, rel=1e-12)
+            assert f"{mean:.2f} ± " in (compared / "table.md").read_text()
+        chain = [found[run.vae.title, f"log p({each})"] for each in ("label", "image | label")]
+        assert sum(chain) == pytest.approx(found[run.vae.title, "log p(image, label)"], rel=1e-9)
+
+
+def test_same_command_gives_the_same_table(compared: Path) -> None:
+    works(*TWO, "--out", "again")
+    assert Path("again/table.csv").read_bytes() == (compared / "table.csv").read_bytes()
+
+
+def test_config_repeats_a_comparison(compared: Path) -> None:
+    works("compare", "--config", compared / "config.toml", "--out", "again")
+    assert Path("again/table.csv").read_bytes() == (compared / "table.csv").read_bytes()
+    works("train", "--config", compared / "mvae" / "config.toml", "--out", "mvae")
+    weights = [path / "model.safetensors" for path in (Path("mvae"), compared / "mvae")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_another_seed_gives_another_table(compared: Path) -> None:
+    config = compared / "config.toml"
+    works("compare", "--config", config, "--seed", 1, "--models", "mvae", "--out", "again")
+    before, now = (read_csv(folder / "table.csv")[0] for folder in (compared, Path("again")))
+    assert before["model"] == now["model"]
+    assert before["mean"] != now["mean"]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_tables_fit_the_terminal(compared: Path, width: int) -> None:
+    for command in (("compare", compared), ("models",), ("data",)):
+        lines = works(*command, width=width).splitlines()
+        assert max(map(len, lines)) <= width
+        assert not any("…" in line for line in lines if "https" not in line)
+
+
+def test_pieces_hold_every_column_once() -> None:
+    columns = {f"c{i}" * 5: {"m": "-12.34 ± 0.56"} for i in range(7)}
+    for width in range(20, 140):
+        pieces = list(cli._pieces(columns, 6, width))
+        assert [name for piece in pieces for name in piece] == list(columns)
+    assert len(list(cli._pieces(columns, 6, 1000))) == 1
+
+
+def test_unreliable_cells_are_marked(compared: Path) -> None:
+    table = runs_module.merge_tables(read_run(compared))
+    table["pareto_k"][:] = 0.0
+    table["pareto_k"][0, 1] = 0.25
+    cells = runs_module.table_cells(table)
+    marked = [(c, m) for c, column in cells.items() for m, cell in column.items() if "!" in cell]
+    assert marked == [("log p(image)", "MVAE")]
+    assert cells["log p(image)"]["MVAE"].endswith(" !25%")
+    assert "not reliable" in runs_module.table_note(table)
+
+
+# Interruption -------------------------------------------------------------------------------------
+
+
+def test_interrupted_comparison_keeps_and_resumes(
+    compared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_run = runs_module.train_run
+    trained = []
+
+    def interrupted(config: RunConfig, model: str, *rest: object, **options: object) -> object:
+        trained.append(model)
+        if trained == ["mvae", "mmvae"]:
+            raise KeyboardInterrupt
+        return train_run(config, model, *rest, **options)
+
+    monkeypatch.setattr(runs_module, "train_run", interrupted)
+    result = call(*TWO, "--out", "run")
+    assert result.exit_code == 130
+    assert result.stderr.strip() == "mmzoo: interrupted; run keeps mvae; add --resume to go on"
+    assert read_run("run")[0].table is not None
+    works(*TWO, "--out", "run", "--resume")
+    assert trained == ["mvae", "mmvae", "mmvae"]
+    assert Path("run/table.csv").read_bytes() == (compared / "table.csv").read_bytes()
+
+
+def test_resume_evaluates_what_is_only_trained(compared: Path) -> None:
+    works(*TWO, "--out", "run")
+    weights = Path("run/mvae/model.safetensors").read_bytes()
+    Path("run/mvae/table.nc").unlink()
+    shown = works(*TWO, "--out", "run", "--resume")
+    assert "MMVAE: finished already" in shown
+    assert "\nMVAE: finished already" not in shown
+    assert Path("run/mvae/model.safetensors").read_bytes() == weights
+    assert Path("run/table.csv").read_bytes() == (compared / "table.csv").read_bytes()
+
+
+def test_overwrite_removes_the_older_run() -> None:
+    works(*TWO, "--out", "run")
+    Path("run/notes.txt").write_text("mine")
+    works("compare", *TINY, "--models", "mopoe", "--out", "run", "--overwrite")
+    assert [run.vae.name for run in read_run("run")] == ["mopoe"]
+    assert not Path("run/mvae/model.safetensors").exists()
+    assert Path("run/notes.txt").read_text() == "mine"
+
+
+# Train, evaluate, report --------------------------------------------------------------------------
+
+
+def test_train_evaluate_report() -> None:
+    works("train", "mwvae", *TINY, "--out", "run", "--missing", "label=0.5")
+    assert read_config("run/config.toml")[1].missing == {"label": 0.5}
+    shown = works("evaluate", "run", "--num-samples", 4, "--limit", 10)
+    assert "10 test rows, 4 importance" in shown
+    works("report", "run")
+    assert "MW-VAE" in Path("run/report.html").read_text()
+    shutil.copytree("run", "copy")
+    shown = works("compare", "run", "copy", "run")
+    assert shown.count("MW-VAE (run)") == shown.count("MW-VAE (copy)") > 0
+    works("compare", "run", "copy", "--out", "both")
+    assert {row["model"] for row in read_csv(Path("both/table.csv"))} == {
+        "MW-VAE (run)",
+        "MW-VAE (copy)",
+    }
+
+
+def test_default_folders() -> None:
+    works("train", "mvae", *TINY)
+    assert Path("runs/digits-mvae/model.safetensors").is_file()
+    works("compare", *TINY, "--models", "mvae")
+    assert Path("runs/digits/mvae/model.safetensors").is_file()
+
+
+def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    monkeypatch.setattr(torch, "set_num_threads", found.append)
+    works("train", "mvae", *TINY, "--threads", 1)
+    assert found == [1]
+
+
+def test_command_line_of_a_config_repeats_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RunConfig.make(
+        "digits",
+        models=("mwvae",),
+        hidden=(8, 4),
+        missing={"label": 0.25},
+        options={"mwvae": {"alignment_weight": 2.5, "modality_weights": {"label": 10}}},
+        seed=3,
+        limit=20,
+    )
+    found = []
+    monkeypatch.setattr(cli, "_prepare", lambda made, *rest: found.append(made))
+    for command in ("train", "compare"):
+        call(*shlex.split(config.command(command))[1:])
+    assert found == [config, config]
+
+
+# Configurations -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"a": 1, "b": -0.5, "c": 1e-05, "d": True, "e": False, "f": "x"},
+        {"text": 'quote " backslash \\ newline \n tab \t del \x7f é 数 🦓', "empty": ""},
+        {"list": [1, 2], "names": ["a", "b"], "none": [], "deep": [[1], [2, 3]]},
+        {"table": {"x": {"y": 1, "z": {"w": "v"}}, "q": 2}, "after": 1},
+        {"key with blank": 1, "dots.in.it": {"ü": {"": 2}}, "nothing": {}},
+        {"large": 10**15, "inf": float("inf"), "list of tables": [{"a": 1}, {"b": [{}]}]},
+    ],
+)
+def test_toml_is_read_back(values: dict[str, object]) -> None:
+    assert tomllib.loads(to_toml(values)) == values
+
+
+def test_toml_refuses_what_it_cannot_write() -> None:
+    with pytest.raises(TypeError, match="expected text, numbers, booleans, lists or tables"):
+        to_toml({"a": None})
+
+
+def test_config_is_read_back(tmp_path: Path) -> None:
+    config = RunConfig.make(
+        "mnist",
+        root="/data",
+        hidden=(7, 5),
+        missing={"label": 0.5},
+        options={"mvae": {"beta": 2.0}},
+        limit=10,
+        threads=2,
+    )
+    write_config(config, "compare", tmp_path / "config.toml")
+    assert read_config(tmp_path / "config.toml") == ("compare", config)
+
+
+def test_default_sizes() -> None:
+    digit, mnist = (RunConfig.make(name) for name in ("digits", "mnist"))
+    assert digit.models == mnist.models == DEFAULT_MODELS
+    assert (mnist.latent_dim, mnist.hidden, mnist.num_samples) == (64, (512, 512), 1000)
+    assert digit.binarize == mnist.binarize == "epoch"
+    assert digit.limit is None
+    assert RunConfig.make("digits", network="conv").hidden == ()
+
+
+def test_options_reach_constructor_and_objective() -> None:
+    modalities = digits()[0].modalities
+    config = RunConfig.make(
+        "digits",
+        models=("mmvae", "mwvae"),
+        options={
+            "mmvae": {"family": "normal", "num_samples": 3},
+            "mwvae": {"alignment_weight": 2.5},
+        },
+    )
+    mmvae, bound = build(config, "mmvae", modalities)
+    assert (mmvae.family, bound.num_samples) == ("normal", 3)
+    assert build(config, "mwvae", modalities)[1].alignment[0].weight == 2.5
+
+
+def test_networks_reach_the_modalities() -> None:
+    modalities = digits()[0].modalities
+
+    def first_layer(**given: object) -> list[str]:
+        vae, _ = build(RunConfig.make("digits", **given), "mvae", modalities)
+        kinds = [type(module).__name__ for module in vae.experts.modules()]
+        widths = [
+            each.out_features for each in vae.experts.modules() if hasattr(each, "in_features")
+        ]
+        return [kind for kind in kinds if kind in ("MLP", "ConvEncoder")] + widths[:2]
+
+    assert first_layer(hidden=(7, 5)) == ["MLP", "MLP", 7, 5]
+    assert first_layer(network="conv")[:2] == ["ConvEncoder", "MLP"]
+
+
+def test_missing_rows_are_simulated_in_training_rows_only() -> None:
+    config = RunConfig.make("digits", missing={"label": 0.5, "image": 0.25}, limit=100)
+    train, test = load_data(config)
+    assert {name: int(mask.sum()) for name, mask in train.observed.items()} == {
+        "label": 50,
+        "image": 75,
+    }
+    assert test.observed == {}
+    assert bool(torch.stack(list(train.observed.values())).any(0).all())
+
+
+def test_accuracy_of_a_constant_prediction() -> None:
+    """A decoder that always says three is right as often as there are threes."""
+    config = RunConfig.make("digits", limit=50, hidden=(4,), latent_dim=2)
+    _, test = load_data(config)
+    vae, _ = build(config, "mvae", test.modalities)
+    last = [m for m in vae.generative.decoders["label_"].modules() if hasattr(m, "out_features")][
+        -1
+    ]
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.copy_(torch.eye(10)[3])
+    expected = float(np.mean(test.labels["digit"] == 3))
+    assert class_accuracy(vae, test, num_draws=2) == {"label | image": pytest.approx(expected)}
+    masks = {"label": torch.arange(50) % 2 == 0}
+    half = float(np.mean(test.labels["digit"][::2] == 3))
+    found = class_accuracy(vae, test.with_observed(masks), num_draws=2)
+    assert found == {"label | image": pytest.approx(half)}
+
+
+# Errors -------------------------------------------------------------------------------------------
+
+TRAIN = ["train", "mvae", *TINY]
+BAD = {
+    "unknown model": (["train", "foo", *TINY], "model 'foo': unknown; known models: vae, jmvae"),
+    "unknown models": (["compare", *TINY, "--models", "mvae,foo"], "model 'foo': unknown"),
+    "no models": (["compare", *TINY, "--models", ","], "models: expected at least one model"),
+    "unknown data": (
+        ["train", "mvae", "--data", "foo"],
+        "data set 'foo': unknown; known data sets",
+    ),
+    "download unknown": (["data", "--download", "foo"], "data set 'foo': unknown"),
+    "no data": (["train", "mvae"], "train: expected MODEL and --data or --config"),
+    "nothing": (["compare"], "compare: expected RUN folders, --data or --config"),
+    "no root": (["train", "mvae", "--data", "mnist"], "pass root (--root) or set MMZOO_DATA"),
+    "no file": (
+        ["train", "mvae", "--data", "mnist", "--root", "nowhere"],
+        "under the root nowhere, found neither",
+    ),
+    "no run": (["evaluate", "nowhere"], "run nowhere: expected a folder with config.toml"),
+    "no run to compare": (["compare", "nowhere"], "run nowhere: expected a folder with config"),
+    "no run to report": (["report", "nowhere"], "run nowhere: expected a folder with config"),
+    "no config": (["train", "--config", "nowhere"], "nowhere: expected the config.toml of a run"),
+    "command": (["frobnicate"], "No such command 'frobnicate'"),
+    "flag": (["train", "--frobnicate"], "No such option: --frobnicate"),
+    "root flag": (["--frobnicate"], "No such option: --frobnicate"),
+    "no number": ([*TRAIN, "--epochs", "x"], "Invalid value for '--epochs'"),
+    "epochs": ([*TRAIN, "--epochs", "0"], "epochs: expected at least 1, found 0"),
+    "batch size": ([*TRAIN, "--batch-size", "0"], "batch_size: expected at least 1, found 0"),
+    "latent dim": ([*TRAIN, "--latent-dim", "0"], "latent_dim: expected at least 1, found 0"),
+    "limit": ([*TRAIN, "--limit", "0"], "limit: expected at least 1, found 0"),
+    "seed": ([*TRAIN, "--seed", "-1"], "seed: expected at least 0, found -1"),
+    "threads": ([*TRAIN, "--threads", "0"], "threads: expected at least 1, found 0"),
+    "samples": ([*TRAIN, "--num-samples", "0"], "num_samples: expected at least 1, found 0"),
+    "evaluate samples": (["evaluate", "x", "--num-samples", "0"], "num_samples: expected at least"),
+    "rate": ([*TRAIN, "--learning-rate", "-1"], "learning_rate: expected a positive number"),
+    "hidden": ([*TRAIN, "--hidden", "0"], "hidden: expected positive widths, found [8, 0]"),
+    "hidden conv": ([*TRAIN, "--network", "conv"], "hidden: expected network 'mlp', found 'conv'"),
+    "network": ([*TRAIN, "--network", "foo"], "network: expected one of mlp, conv, default"),
+    "binarize": ([*TRAIN, "--binarize", "foo"], "binarize: expected one of fixed, epoch, none"),
+    "device": ([*TRAIN, "--device", "foo"], "device: expected one of auto, cpu, cuda"),
+    "missing": ([*TRAIN, "--missing", "label"], "--missing 'label': expected name=value"),
+    "fraction": ([*TRAIN, "--missing", "label=2"], "expected a fraction between 0 and 1"),
+    "no fraction": ([*TRAIN, "--missing", "label=x"], "expected a fraction between 0 and 1"),
+    "missing name": ([*TRAIN, "--missing", "foo=0.5"], "expected names among ['image', 'label']"),
+    "option": ([*TRAIN, "--option", "foo=1"], "option 'foo': unknown to mvae; its options:"),
+    "option words": ([*TRAIN, "--option", "foo"], "--option 'foo': expected name=value"),
+    "option value": ([*TRAIN, "--option", "scored=x"], "expected scored one of given, observed"),
+    "option type": (
+        ["train", "mmvae", *TINY, "--option", "num_samples=x"],
+        "check {'num_samples': 'x'}",
+    ),
+    "option model": ([*TWO, "--option", "beta=2"], "expected MODEL.name=value with one of the"),
+    "modalities": (["train", "vae", *TINY], "see `mmzoo models` for what each model takes"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(case: str) -> None:
+    words, message = BAD[case]
+    result = call(*words)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("mmzoo: error: ")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+    assert not list(Path().iterdir())
+
+
+def fails(*words: object) -> str:
+    """Runs a command that must fail, and gives what it says."""
+    result = call(*words)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def test_output_that_cannot_be_written() -> None:
+    Path("file").write_text("")
+    assert "check the path, or choose another --out" in fails(*TRAIN, "--out", "file/run")
+
+
+def test_cuda_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "expected a CUDA device, found none" in fails(*TRAIN, "--device", "cuda")
+
+
+def test_finished_runs_are_not_overwritten(compared: Path) -> None:
+    before = (compared / "table.csv").read_bytes()
+    assert "holds a run already; add --resume" in fails(*TWO, "--out", compared)
+    changed = fails(*TWO, "--latent-dim", 3, "--out", compared, "--resume")
+    assert "was made with latent_dim = 2, now it is 3" in changed
+    changed = fails(*TWO, "--option", "mvae.beta=3", "--out", compared, "--resume")
+    assert "mvae was made with the options {}" in changed
+    assert (compared / "table.csv").read_bytes() == before
+
+
+def test_config_of_another_command(compared: Path) -> None:
+    said = fails("train", "--config", compared / "config.toml")
+    assert "was written by mmzoo compare; use mmzoo compare --config" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("not toml", "expected the config.toml of a run, found none that can be read"),
+        ("command = 'train'", "found no command or no data"),
+        ("command = 'train'\ndata = 'digits'\nfoo = 1", "found unknown keys foo"),
+        ("command = 'train'\ndata = 'digits'\nepochs = 'x'", "epochs: expected int, found 'x'"),
+        ("command = 'train'\ndata = 'digits'\nseed = true", "seed: expected int, found True"),
+    ],
+)
+def test_damaged_config(text: str, message: str) -> None:
+    Path("config.toml").write_text(text)
+    assert message in fails("train", "--config", "config.toml")
+
+
+def test_checkpoint_of_another_model(compared: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mvae"
+    folder.mkdir()
+    for name in ("config.toml", "history.nc"):
+        (folder / name).write_bytes((compared / "mvae" / name).read_bytes())
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_bytes((compared / "mmvae" / name).read_bytes())
+    assert "expected a 'mvae' model, found 'mmvae'" in fails("evaluate", folder)
+    (folder / "history.nc").write_text("damaged")
+    (folder / "config.json").write_bytes((compared / "mvae" / "config.json").read_bytes())
+    (folder / "model.safetensors").write_bytes(
+        (compared / "mvae" / "model.safetensors").read_bytes()
+    )
+    assert "expected a NetCDF file, found none that can be read" in fails("evaluate", folder)
+
+
+def test_run_without_a_trained_model(compared: Path) -> None:
+    for name, command in (("single", "train"), ("several", "compare")):
+        Path(name).mkdir()
+        config = read_config(compared / "mvae" / "config.toml")[1]
+        write_config(config, command, Path(name, "config.toml"))
+        assert "expected a trained model, found none; finish it with" in fails("evaluate", name)
+
+
+def test_comparison_of_runs_that_do_not_go_together(compared: Path) -> None:
+    works("train", "mopoe", *TINY, "--out", "run")
+    assert "expected likelihoods, found none; run mmzoo evaluate run" in fails("compare", "run")
+    works("evaluate", "run", "--limit", 10)
+    said = fails("compare", compared, "run")
+    assert "expected likelihoods of the same rows" in said
+    assert "rows = 10 instead of 24" in said
+
+
+def test_trace_shapes_are_left_out() -> None:
+    error = ValueError("modality 'image': expected\nthis\n Trace Shapes:\n  Param Sites:\n")
+    assert cli._first_paragraph(error) == "modality 'image': expected this"
+
+
+def test_debug_shows_the_traceback() -> None:
+    result = call("train", "foo", *TINY, "--debug")
+    assert isinstance(result.exception, ValueError)
+    assert result.stderr == ""
