@@ -10,7 +10,7 @@ from pyro.distributions import Laplace, Normal, TorchDistribution
 from pyro.distributions.score_parts import ScoreParts
 from pyro.infer.util import check_fully_reparametrized
 from torch import Tensor
-from torch.distributions import Distribution, constraints, register_kl
+from torch.distributions import Distribution, Independent, constraints, register_kl
 
 __all__ = ["Mixture", "ScoredRows", "Strata"]
 
@@ -225,8 +225,15 @@ class ScoredRows(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log probability of scored rows, zero elsewhere, ``(*, N)``."""
-        scored = self.base.log_prob(self.gather(value))
+        scored = self._log_prob(self.gather(value))
         return scored.new_zeros(self.batch_shape).index_put(self.index, scored)
+
+    def _log_prob(self, value: Tensor) -> Tensor:
+        if len(value) or not isinstance(self.base, Independent):
+            return self.base.log_prob(value)
+        # No rows: the sum of torch's Independent fails, and a gradient of zeros is wanted.
+        entries = tuple(range(-self.base.reinterpreted_batch_ndims, 0))
+        return self.base.base_dist.log_prob(value).sum(entries)
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draws of the scored rows; the others are zero."""
