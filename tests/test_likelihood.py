@@ -1,0 +1,866 @@
+"""Likelihood estimates against worlds whose likelihoods are known, to the error they state."""
+
+import itertools
+import math
+import random
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray as xr
+from pyro import poutine
+from torch import Tensor, nn
+
+from mmzoo import Modality, MultimodalVAE
+from mmzoo.combine import product_of_experts
+from mmzoo.distributions import Mixture
+from mmzoo.evaluation import likelihood_table, log_likelihood, quantity_name
+from mmzoo.exact import DiscreteWorld, LinearGaussianWorld, quadrature_log_prob
+from mmzoo.inference import SubsetELBO, Wasserstein
+from mmzoo.likelihoods import Categorical
+from mmzoo.models import MMVAE, MODELS, MVAE
+
+EXACT = 1e-10
+SIZES = {"a": 3, "b": 2, "c": 2}
+NAMES = list(SIZES)
+N, D = 16, 2
+# Standard errors that an estimate may be off: beyond 5 once in two million.
+ERRORS = 5.0
+RELIABLE = 0.7
+ESTIMATES = ("log_prob", "mcse", "ess", "pareto_k")
+MANY = [name for name in MODELS if name != "vae"]
+# Their experts stand for likelihood factors, those of the others for posteriors.
+FACTORS = ("mvae", "jmvae")
+
+X = dict[str, Tensor]
+
+
+def pairs(names: list[str]) -> list[tuple[list[str], list[str]]]:
+    """Every pair of disjoint subsets (of, given), of not empty."""
+    found = []
+    for roles in itertools.product(("of", "given", ""), repeat=len(names)):
+        of, given = ([n for n, r in zip(names, roles) if r == role] for role in ("of", "given"))
+        found += [(of, given)] if of else []
+    return found
+
+
+class Constant(nn.Module):
+    """An encoder that gives the same location and scale whatever it sees."""
+
+    def __init__(self, loc: float, scale: float, latent_dim: int = 1) -> None:
+        super().__init__()
+        self.loc, self.scale, self.latent_dim = loc, scale, latent_dim
+
+    def forward(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        loc = torch.full((len(value), self.latent_dim), self.loc)
+        return loc, torch.full_like(loc, self.scale)
+
+
+class WorldEncoder(nn.Module):
+    """Moments of the exact p(z | x_m), or the factor that gives them when multiplied by p(z)."""
+
+    def __init__(self, w: LinearGaussianWorld, name: str, factor: bool, width: float) -> None:
+        super().__init__()
+        self.world, self.name, self.factor, self.width = w, name, factor, width
+
+    def forward(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = self.world.posterior({self.name: value})
+        loc, variance = posterior.mean, posterior.covariance_matrix.diagonal(dim1=-2, dim2=-1)
+        if self.factor:
+            variance = variance / (1 - variance)
+            loc = loc * (1 + variance)
+        return loc, self.width * variance.sqrt()
+
+
+class JointProduct(nn.Module):
+    """In place of JMVAE's joint network: the product of p(z) and of the factors it is given."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        loc, scale = features.unflatten(-1, (len(NAMES), 2, -1)).unbind(-2)
+        loc, scale = product_of_experts(loc, scale)
+        return torch.cat([loc, (scale - 1e-4).expm1().log()], -1)  # the model's floor
+
+
+def world(**options) -> LinearGaussianWorld:
+    return LinearGaussianWorld.random(SIZES, D, seed=3, **options)
+
+
+def build(name: str, modalities: list[Modality], latent_dim: int, **options) -> MultimodalVAE:
+    """A model with the prior N(0, I)."""
+    if name == "mmvae":
+        options = {"family": "normal", "learned_prior": False, **options}
+    vae = MODELS[name](modalities, latent_dim=latent_dim, **options)
+    if name == "jmvae":
+        vae.joint = JointProduct()
+    return vae
+
+
+def model(name: str, w: LinearGaussianWorld, width: float = 1.0) -> MultimodalVAE:
+    """A model whose generative part is the world; its experts are `width` times too wide."""
+    modalities = [
+        Modality(
+            m.name,
+            m.event_shape,
+            m.likelihood,
+            encoder=WorldEncoder(w, m.name, name in FACTORS, width),
+            decoder=m.decoder,
+        )
+        for m in w.modalities()
+    ]
+    return build(name, modalities[:1] if name == "vae" else modalities, w.latent_dim)
+
+
+def zero_variance() -> tuple[LinearGaussianWorld, MultimodalVAE]:
+    """A pair whose posteriors are exact for every subset: each draw alone gives log p(x)."""
+    w = world(diagonal=True)
+    return w, MVAE(w.modalities(encoder="exact"), latent_dim=D)
+
+
+def holes(x: X) -> tuple[X, X]:
+    """Random masks, the first row complete and none empty, with NaN where a mask is False."""
+    names, rows = list(x), len(next(iter(x.values())))
+    mask = torch.rand(rows, len(names), generator=torch.Generator().manual_seed(1)) < 0.5
+    mask[torch.arange(rows), torch.arange(rows) % len(names)] = True
+    mask[0] = True
+    observed = dict(zip(names, mask.unbind(-1)))
+    return {n: torch.where(observed[n].unsqueeze(-1), x[n], torch.nan) for n in names}, observed
+
+
+def only(vae: MultimodalVAE, values: X) -> X:
+    return {name: value for name, value in values.items() if name in vae.modalities}
+
+
+def assert_agrees(found: xr.Dataset, expected: Tensor, share: float = 0.7) -> None:
+    """Within the stated errors where the estimate calls itself reliable, as most rows must."""
+    missing = np.isnan(expected.numpy())
+    np.testing.assert_array_equal(np.isnan(found.log_prob), missing)
+    assert found.rows_without == missing.sum()
+    kept = ~missing & (found.pareto_k.values < RELIABLE)
+    assert kept.sum() >= share * (~missing).sum()
+    error = (found.log_prob.values - expected.numpy())[kept]
+    np.testing.assert_array_less(np.abs(error), ERRORS * found.mcse.values[kept] + EXACT)
+
+
+def assert_exact(found: xr.Dataset, expected: Tensor) -> None:
+    np.testing.assert_allclose(found.log_prob, expected.numpy(), rtol=0, atol=EXACT)
+
+
+# Exact worlds ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [1.0, 1.7])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_pair_of_subsets_agrees_with_the_exact_world(name: str, width: float):
+    w = world()
+    vae = model(name, w, width)
+    x, observed = (only(vae, part) for part in holes(w.sample(N, seed=4)))
+    if name == "vae":  # where it sees nothing there is nothing to estimate
+        x, observed = {"a": x["a"][observed["a"]]}, {}
+    for of, given in pairs(list(vae.modalities)):
+        found = log_likelihood(vae, x, observed, of=of, given=given)
+        # Mean-field experts of their exact width are too narrow for the products of some rows.
+        assert_agrees(found, w.log_prob(x, observed, of=of, given=given), 0.9 if width > 1 else 0.5)
+        assert found.quantity == quantity_name(of, given)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_estimates_tighten_as_one_over_the_root_of_the_draws(name: str):
+    rows, few, many = 250, 50, 2000
+    w = world()
+    vae = model(name, w, width=1.5)
+    of, given = ["a"], [] if name == "vae" else ["b", "c"]
+    # The same row again and again: its errors are independent draws from one distribution.
+    x = only(vae, {n: value.expand(rows, -1) for n, value in w.sample(1, seed=5).items()})
+    exact = w.log_prob(x, of=of, given=given).numpy()
+    found = {k: log_likelihood(vae, x, of=of, given=given, num_samples=k) for k in (few, many)}
+    error = {k: np.abs(each.log_prob.values - exact) for k, each in found.items()}
+    square = {k: each.mcse.values**2 for k, each in found.items()}
+
+    # Relative standard deviation of a half-normal: sqrt(pi / 2 - 1); the ratio has two means.
+    bound = ERRORS * math.sqrt(2 * (math.pi / 2 - 1) / rows)
+    ratio = error[few].mean() / error[many].mean() / math.sqrt(many / few)
+    assert abs(math.log(ratio)) < bound
+
+    # The delta method's next term is of relative order mcse^2, with a factor of a few.
+    scaled = {k: square[k] * k for k in found}
+    spread = math.hypot(*(each.std() / math.sqrt(rows) for each in scaled.values()))
+    next_term = 5 * square[few].mean() * scaled[few].mean()
+    assert abs(scaled[few].mean() - scaled[many].mean()) < ERRORS * spread + next_term
+
+    z = error[many] / found[many].mcse.values
+    assert abs((z**2).mean() - 1) < ERRORS * math.sqrt(2 / rows)
+
+
+@pytest.mark.parametrize("num_samples", [1, 7, 100])
+@pytest.mark.parametrize("name", ["mvae", "jmvae"])
+def test_exact_posteriors_give_the_likelihood_with_each_draw(name: str, num_samples: int):
+    w = world(diagonal=True)
+    vae = model(name, w)
+    x, observed = holes(w.sample(N, seed=4))
+    for of, given in pairs(NAMES):
+        found = log_likelihood(vae, x, observed, of=of, given=given, num_samples=num_samples)
+        exact = w.log_prob(x, observed, of=of, given=given)
+        assert_exact(found, exact)
+        kept = ~exact.isnan().numpy()
+        if num_samples > 1:  # a single draw says nothing about its error
+            np.testing.assert_array_less(found.mcse.values[kept], EXACT)
+        if num_samples >= 100:  # the smallest tail that can be fitted has five draws
+            assert (found.pareto_k.values[kept] == -np.inf).all()
+            np.testing.assert_allclose(found.ess.values[kept], num_samples, rtol=EXACT)
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if n not in FACTORS])
+def test_one_exact_expert_gives_the_likelihood_with_each_draw(name: str):
+    w = world(diagonal=True)
+    vae = model(name, w)
+    x, observed = (only(vae, part) for part in holes(w.sample(N, seed=4)))
+    if name == "vae":
+        x, observed = {"a": x["a"][observed["a"]]}, {}
+    for m in vae.modalities:
+        found = log_likelihood(vae, x, observed, of=m, num_samples=7)
+        assert_exact(found, w.log_prob(x, observed, of=[m]))
+
+
+class Steps(nn.Module):
+    """Decoder of a DiscreteWorld: the class is the bin of z whose prior probability is pi_c."""
+
+    def __init__(self, w: DiscreteWorld, name: str) -> None:
+        super().__init__()
+        edges = dist.Normal(0.0, 1.0).icdf(w.prior.cumsum(0)[:-1])
+        table = w.tables[name]
+        logits = table.log() if name in w.one_hot else table.logit()
+        self.register_buffer("edges", edges)
+        self.register_buffer("logits", logits)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.logits[torch.bucketize(z.squeeze(-1).contiguous(), self.edges)]
+
+
+def discrete(name: str) -> tuple[DiscreteWorld, MultimodalVAE]:
+    """A world of three classes, and a model whose only latent decides the class."""
+    w = DiscreteWorld.random(3, categorical={"a": 4}, bernoulli={"b": 3, "c": 2}, seed=3)
+    encoder = Constant(0.1, 3.0 if name in FACTORS else 1.2)
+    modalities = [
+        Modality(
+            n,
+            (size,),
+            "one_hot_categorical" if n in w.one_hot else "bernoulli",
+            encoder=encoder,
+            decoder=Steps(w, n),
+        )
+        for n, size in w.event_sizes.items()
+    ]
+    return w, build(name, modalities, 1)
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_discrete_modalities_agree_with_enumeration(name: str):
+    w, vae = discrete(name)
+    x, observed = holes(w.sample(N, seed=6))
+    for of, given in pairs(NAMES):
+        found = log_likelihood(vae, x, observed, of=of, given=given)
+        assert_agrees(found, w.log_prob(x, observed, of=of, given=given))
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_table_of_discrete_modalities_obeys_the_laws_of_probability(name: str):
+    _, vae = discrete(name)
+    x = discrete(name)[0].sample(200, seed=6)
+    quantities = [(["a", "b"], []), (["a"], []), (["b"], []), (["a"], ["b"]), (["b"], ["a"])]
+    table = likelihood_table({"it": vae}, x, quantities=quantities).sel(model="it")
+
+    def below(less: str, more: str) -> None:
+        low, high = table.sel(quantity=less), table.sel(quantity=more)
+        error = math.hypot(low.mcse, high.mcse)
+        assert low["mean"] < high["mean"] - ERRORS * error, (less, more)
+
+    for one, other in (("a", "b"), ("b", "a")):
+        below("log p(a, b)", f"log p({one})")  # p(y | x) < 1
+        below("log p(a, b)", f"log p({one} | {other})")  # p(y) < 1
+        assert table.sel(quantity=f"log p({one} | {other})")["mean"] < 0
+
+
+def smooth(encoder: nn.Module) -> list[Modality]:
+    """A label and a binary vector of four entries, by affine functions of one latent."""
+    rng = torch.Generator().manual_seed(7)
+
+    def decoder(size: int) -> nn.Linear:
+        layer = nn.Linear(1, size)
+        for part in layer.parameters():
+            part.data = 2 * torch.randn(part.shape, generator=rng)
+        return layer
+
+    return [
+        Modality("label", (), Categorical(3), encoder=encoder, decoder=decoder(3)),
+        Modality("bits", (4,), "bernoulli", encoder=encoder, decoder=decoder(4)),
+    ]
+
+
+def smooth_batch() -> X:
+    """Every label with every vector of bits: (48,) and (48, 4)."""
+    label, *bits = torch.cartesian_prod(torch.arange(3.0), *[torch.arange(2.0)] * 4).unbind(-1)
+    return {"label": label.long(), "bits": torch.stack(bits, -1)}
+
+
+def log_joint_of(vae: MultimodalVAE, x: X, names: list[str], z: Tensor) -> Tensor:
+    """Values log p(x_names | z) of rows and latents (Q, 1), by the model's own decoders: (Q, N)."""
+    p = vae.decode(z.unsqueeze(1))  # batch (Q, 1)
+    return sum(p[name].log_prob(x[name]) for name in names)
+
+
+@pytest.mark.parametrize("name", [n for n in MANY if n != "jmvae"])
+def test_label_and_bits_agree_with_quadrature(name: str):
+    vae = build(name, smooth(Constant(0.1, 3.0 if name in FACTORS else 1.2)), 1)
+    x = smooth_batch()
+
+    @torch.no_grad()
+    def exact(names: list[str]) -> Tensor:
+        coarse, fine = (
+            quadrature_log_prob(lambda z: log_joint_of(vae, x, names, z), 1, num_points=points)
+            for points in (150, 200)
+        )
+        torch.testing.assert_close(coarse, fine, rtol=0, atol=1e-7)
+        return fine
+
+    for of, given in pairs(["label", "bits"]):
+        expected = exact([*of, *given]) - (exact(given) if given else 0.0)
+        assert_agrees(log_likelihood(vae, x, of=of, given=given), expected)
+    # 48 rows are all values there are: their probabilities, and those of the labels, sum to one.
+    joint = log_likelihood(vae, x, of=["label", "bits"])
+    p = joint.log_prob.to_numpy()
+    error = np.linalg.norm(np.exp(p) * joint.mcse)
+    assert abs(np.exp(p).sum() - 1) < ERRORS * error
+
+
+def test_laplace_posteriors_and_a_learned_prior_agree_with_a_grid():
+    vae = MMVAE(smooth(Constant(0.1, 1.3)), latent_dim=1)
+    vae.generative.prior_loc.data.fill_(0.4)
+    x, step = smooth_batch(), 2e-3
+    # Symmetric about the kink of the prior, where the rule would lose its order.
+    z = 0.4 + step * torch.arange(-15_000, 15_001.0).unsqueeze(-1)  # (Q, 1)
+    prior = dist.Laplace(0.4, 1.0).log_prob(z) + math.log(step)
+    with torch.no_grad():
+        for of, given in pairs(["label", "bits"]):
+            value = {
+                names: (prior + log_joint_of(vae, x, list(names), z)).logsumexp(0)
+                for names in ((*of, *given), tuple(given))
+                if names
+            }
+            expected = value[(*of, *given)] - (value[tuple(given)] if given else 0.0)
+            assert_agrees(log_likelihood(vae, x, of=of, given=given), expected)
+
+
+# The proposal ---------------------------------------------------------------------------------
+
+
+def test_default_proposal_sees_exactly_what_is_scored():
+    w, vae = zero_variance()
+    x, observed = holes(w.sample(N, seed=4))
+    seen: list[dict[str, int]] = []
+
+    def guide(x: X, observed: X) -> Tensor:
+        rows = len(next(iter(x.values())))
+        everyone = torch.ones(rows, dtype=torch.bool)
+        seen.append({n: int(observed.get(n, everyone).sum()) for n in x})
+        return vae.guide(x, observed)
+
+    log_likelihood(vae, x, observed, of=["a"], given=["c"], num_samples=10, guide=guide)
+    rows = {name: int(mask.sum()) for name, mask in observed.items()}
+    assert seen == [{"a": rows["a"], "c": rows["c"]}, {"c": rows["c"]}]
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_proposal_may_be_named(name: str):
+    w = world()
+    vae = model(name, w, width=1.5)
+    x, observed = holes(w.sample(N, seed=4))
+    default = log_likelihood(vae, x, observed, of=["a"], given=["b"])
+    named = log_likelihood(vae, x, observed, of=["a"], given=["b"], proposal=["b", "a"])
+    xr.testing.assert_equal(default, named)
+    assert (default.proposal, named.proposal) == ("a, b", "b, a")
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_proposal_that_sees_less_is_allowed(name: str):
+    w = world()
+    vae = model(name, w, width=1.7)
+    x, observed = holes(w.sample(N, seed=4))
+    expected = w.log_prob(x, observed, of=["a", "b"])
+    for proposal in ("a", ["b"], []):  # none of them: draws from the prior
+        found = log_likelihood(
+            vae, x, observed, of=["a", "b"], proposal=proposal, num_samples=20_000
+        )
+        assert_agrees(found, expected, share=0.9)
+    assert found.proposal == ""
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_proposal_that_sees_more_is_warned_about(name: str):
+    w = world()
+    vae = model(name, w, width=2.0)
+    x = w.sample(N, seed=4)
+    with pytest.warns(UserWarning, match="proposal sees b, c, which is not scored.*mind pareto_k"):
+        found = log_likelihood(vae, x, of=["a"], proposal=NAMES, num_samples=20_000)
+    assert_agrees(found, w.log_prob(x, of=["a"]), share=0.5)
+
+
+# A guide of the user's ------------------------------------------------------------------------
+
+
+def rows_of(x: X) -> int:
+    return len(next(iter(x.values())))
+
+
+def posterior_guide(w: LinearGaussianWorld):
+    """The exact posterior, with the correlations that no posterior of the zoo has."""
+
+    def guide(x: X, observed: X | None = None) -> Tensor:
+        with pyro.plate("data", rows_of(x), dim=-1):
+            return pyro.sample("z", w.posterior(x, observed))
+
+    return guide
+
+
+def mixture_guide(w: LinearGaussianWorld):
+    def guide(x: X, observed: X | None = None) -> Tensor:
+        loc = w.posterior(x, observed).mean
+        loc = torch.stack([loc - 0.3, loc + 0.3], -2)  # (N, 2, D)
+        log_weights = torch.tensor([0.3, 0.7]).log().expand(loc.shape[:-1])
+        with pyro.plate("data", rows_of(x), dim=-1):
+            return pyro.sample("z", Mixture(log_weights, loc, torch.full_like(loc, 1.2)))
+
+    return guide
+
+
+@pytest.mark.parametrize("name", ["mvae", "mmvae"])
+def test_exact_guide_of_ones_own_gives_the_likelihood_with_each_draw(name: str):
+    w = world()
+    vae = build(name, w.modalities(), D)
+    x, observed = holes(w.sample(N, seed=4))
+    for of, given in pairs(NAMES):
+        found = log_likelihood(
+            vae, x, observed, of=of, given=given, guide=posterior_guide(w), num_samples=3
+        )
+        assert_exact(found, w.log_prob(x, observed, of=of, given=given))
+
+
+def test_mixture_of_ones_own_agrees_with_the_exact_world():
+    w = world()
+    vae = MVAE(w.modalities(), latent_dim=D)
+    x, observed = holes(w.sample(N, seed=4))
+    for of, given in pairs(NAMES):
+        found = log_likelihood(vae, x, observed, of=of, given=given, guide=mixture_guide(w))
+        assert_agrees(found, w.log_prob(x, observed, of=of, given=given))
+
+
+def shared_latent(x: X, observed: X | None = None) -> None:
+    pyro.sample("z", dist.Normal(torch.zeros(D), 1.0).to_event(1))
+
+
+def outside_the_plate(x: X, observed: X | None = None) -> None:
+    pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", rows_of(x), dim=-1):
+        pyro.sample("z", dist.Normal(torch.zeros(D), 1.0).to_event(1))
+
+
+def extra_latent(x: X, observed: X | None = None) -> None:
+    with pyro.plate("data", rows_of(x), dim=-1):
+        pyro.sample("w", dist.Normal(0.0, 1.0))
+        pyro.sample("z", dist.Normal(torch.zeros(D), 1.0).to_event(1))
+
+
+def other_name(x: X, observed: X | None = None) -> None:
+    with pyro.plate("data", rows_of(x), dim=-1):
+        pyro.sample("code", dist.Normal(torch.zeros(D), 1.0).to_event(1))
+
+
+def no_site(x: X, observed: X | None = None) -> None:
+    pass
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("guide", "message"),
+    [
+        (shared_latent, "'z': expected one draw for each of 16 rows, found 1; put every sample"),
+        (outside_the_plate, "'w': expected one draw for each of 16 rows, found 1"),
+        (extra_latent, "guide site 'w': expected a latent of the model, found none of that name"),
+        (other_name, "model site 'z': expected a value from the guide, .* it samples code"),
+        (no_site, "guide: expected at least one sample site, found none"),
+    ],
+)
+def test_guide_without_a_weight_for_each_row_is_refused(guide, message: str, masked: bool):
+    w, vae = zero_variance()
+    x, observed = holes(w.sample(N, seed=4))
+    if not masked:
+        x, observed = w.sample(N, seed=4), None
+    with pytest.raises(ValueError, match=message):
+        log_likelihood(vae, x, observed, of=NAMES, num_samples=5, guide=guide)
+
+
+# What must not enter --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_weights_of_training_do_not_leak(name: str):
+    w = world()
+    vae = model(name, w, width=1.5)
+    x, observed = holes(w.sample(N, seed=4))
+
+    def value() -> xr.Dataset:
+        return log_likelihood(vae, x, observed, of=["a", "b"], given=["c"], num_samples=50)
+
+    before = value()
+    objective = SubsetELBO(
+        "singles", beta=5.0, modality_weights={"a": 50.0}, alignment=Wasserstein(10.0)
+    )
+    plain = SubsetELBO("singles").loss(vae.model, vae.guide, x, observed)
+    assert objective.loss(vae.model, vae.guide, x, observed) != plain
+    xr.testing.assert_identical(before, value())
+    with poutine.scale(scale=3.0):
+        xr.testing.assert_identical(before, value())
+
+
+def test_scale_around_a_guide_does_not_leak():
+    w = world()
+    vae = MVAE(w.modalities(), latent_dim=D)
+    x, observed = holes(w.sample(N, seed=4))
+    scaled = poutine.scale(posterior_guide(w), scale=7.0)
+    found = log_likelihood(vae, x, observed, of=["a", "b"], guide=scaled, num_samples=3)
+    assert_exact(found, w.log_prob(x, observed, of=["a", "b"]))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 64, 300, 10**6])
+@pytest.mark.parametrize("name", ["mvae", "mopoe"])
+def test_chunks_bound_what_is_decoded_and_keep_the_value(name: str, chunk_size: int):
+    w = world()
+    vae = model(name, w, width=1.7)
+    x, observed = holes(w.sample(4, seed=4))
+    decoded = {n: [0] for n in NAMES}
+
+    def note(n: str):
+        return lambda module, args, out: decoded[n].append(len(args[0]))
+
+    for n in NAMES:
+        vae.generative.decoders[f"{n}_"].register_forward_hook(note(n))
+    k = 100
+    found = log_likelihood(vae, x, observed, of=NAMES, num_samples=k, chunk_size=chunk_size)
+    assert_agrees(found, w.log_prob(x, observed, of=NAMES), share=0.5)
+    for n in NAMES:
+        assert max(decoded[n]) <= chunk_size
+        assert sum(decoded[n]) == k * int(observed[n].sum())  # only rows that have it
+
+
+def test_chunks_do_not_change_an_exact_value():
+    w, vae = zero_variance()
+    x, observed = holes(w.sample(100, seed=4))  # more rows than a block has
+    for chunk_size in (3, 70, None):
+        found = log_likelihood(vae, x, observed, of=NAMES, num_samples=8, chunk_size=chunk_size)
+        assert_exact(found, w.log_prob(x, observed, of=NAMES))
+
+
+def test_rows_do_not_depend_on_their_neighbours():
+    w, vae = zero_variance()
+    x, observed = holes(w.sample(100, seed=4))
+    options = {"of": ["a", "b"], "given": ["c"], "num_samples": 4}
+    whole = log_likelihood(vae, x, observed, **options)
+    order = torch.randperm(100)
+    for rows in (order, order[:7], order[:1]):
+        part = log_likelihood(
+            vae,
+            {n: v[rows] for n, v in x.items()},
+            {n: v[rows] for n, v in observed.items()},
+            **options,
+        )
+        expected = whole.log_prob.values[rows.numpy()]
+        np.testing.assert_allclose(part.log_prob, expected, rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_rows_with_noise_do_not_depend_on_their_neighbours(name: str):
+    w = world()
+    vae = model(name, w, width=1.7)
+    x, observed = holes(w.sample(N, seed=4))
+    whole = log_likelihood(vae, x, observed, of=NAMES)
+    for row in range(4):
+        some = slice(row, row + 1)
+        alone = log_likelihood(
+            vae,
+            {n: v[some] for n, v in x.items()},
+            {n: v[some] for n, v in observed.items()},
+            of=NAMES,
+        )
+        error = math.hypot(alone.mcse[0], whole.mcse[row])
+        assert abs(float(alone.log_prob[0] - whole.log_prob[row])) < ERRORS * error + EXACT
+
+
+# Rows and errors ------------------------------------------------------------------------------
+
+
+def test_rows_that_lack_what_is_scored_are_nan_and_counted():
+    w, vae = zero_variance()
+    x, observed = holes(w.sample(N, seed=4))
+    found = log_likelihood(vae, x, observed, of=["a"], given=["b"], num_samples=10)
+    without = ~observed["a"].numpy()
+    assert 0 < without.sum() < N
+    assert found.rows_without == without.sum()
+    for kind in ("log_prob", "mcse", "ess"):
+        np.testing.assert_array_equal(np.isnan(found[kind]), without)
+    absent = log_likelihood(
+        vae,
+        {"b": x["b"], "c": w.sample(N, seed=4)["c"]},
+        {"b": observed["b"]},
+        of=["a"],
+        num_samples=10,
+    )
+    assert absent.rows_without == N
+    assert np.isnan(absent.log_prob).all()
+
+
+def test_rows_that_lack_what_is_given_are_plain_marginals():
+    w, vae = zero_variance()
+    x, observed = holes(w.sample(N, seed=4))
+    options = {"num_samples": 100}
+    found = log_likelihood(vae, x, observed, of=["a"], given=["b"], **options)
+    plain = log_likelihood(vae, x, observed, of=["a"], **options)
+    rows = (observed["a"] & ~observed["b"]).numpy()
+    assert rows.any()
+    for kind in ESTIMATES:
+        np.testing.assert_allclose(found[kind][rows], plain[kind][rows], rtol=0, atol=EXACT)
+    known = (observed["a"] & observed["b"]).numpy()
+    assert (np.abs(found.log_prob - plain.log_prob)[known] > EXACT).all()
+
+
+def test_row_with_nothing_observed_is_refused():
+    w, vae = zero_variance()
+    x, observed = holes(w.sample(N, seed=4))
+    for mask in observed.values():
+        mask[5] = False
+    with pytest.raises(ValueError, match="something observed in every row, found nothing in row 5"):
+        log_likelihood(vae, x, observed, of=["a"])
+    with pytest.raises(ValueError, match="something observed in every row, found nothing in row 5"):
+        likelihood_table({"it": vae}, x, observed)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"of": "q"}, "log_likelihood of: unknown modality 'q'; this model has a, b, c"),
+        ({"of": "a", "given": ["q"]}, "log_likelihood given: unknown modality 'q'"),
+        ({"of": "a", "proposal": ["q"]}, "log_likelihood proposal: unknown modality 'q'"),
+        ({"of": []}, r"disjoint sets and a non-empty 'of', found of=\[\]"),
+        ({"of": ["a", "b"], "given": "b"}, "disjoint sets .* found of=.*, given="),
+        ({"of": "a", "num_samples": 0}, "expected num_samples >= 1, found 0"),
+    ],
+)
+def test_questions_without_an_answer_are_refused(options: dict, message: str):
+    w, vae = zero_variance()
+    with pytest.raises(ValueError, match=message):
+        log_likelihood(vae, w.sample(4, seed=4), **options)
+
+
+def test_fewer_draws_than_components_are_refused():
+    w = world()
+    x, message = w.sample(4, seed=4), "each of its 3 components, found num_samples=2; raise"
+    with pytest.raises(ValueError, match=message):
+        log_likelihood(model("mmvae", w), x, of=NAMES, num_samples=2)
+
+
+# Seeds and side effects -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mvae", "mmvae"])
+def test_seed_decides_the_draws_and_disturbs_nobody(name: str):
+    w = world()
+    vae = model(name, w, width=1.5)
+    x, observed = holes(w.sample(N, seed=4))
+    options = {"of": ["a"], "given": ["b"], "num_samples": 20}
+    state = torch.get_rng_state(), pyro.util.get_rng_state()["numpy"][1].copy(), random.getstate()
+    first = log_likelihood(vae, x, observed, **options, seed=3)
+    assert torch.equal(state[0], torch.get_rng_state())
+    assert (state[1] == pyro.util.get_rng_state()["numpy"][1]).all()
+    assert state[2] == random.getstate()
+    torch.rand(5)
+    xr.testing.assert_identical(first, log_likelihood(vae, x, observed, **options, seed=3))
+    other = log_likelihood(vae, x, observed, **options, seed=5)
+    kept = ~np.isnan(first.log_prob)
+    assert (first.log_prob != other.log_prob)[kept].all()
+
+
+def test_joint_and_marginal_of_a_conditional_have_draws_of_their_own():
+    # Were draws shared, the stated error would be that of independent ones by mistake.
+    rows = 400
+    w = world()
+    vae = model("mvae", w, width=1.7)
+    x = {n: value.expand(rows, -1) for n, value in w.sample(1, seed=5).items()}
+    options = {"num_samples": 100}
+    joint = log_likelihood(vae, x, of=["a", "b"], **options).log_prob.values
+    conditional = log_likelihood(vae, x, of=["a"], given=["b"], **options)
+    marginal = joint - conditional.log_prob.values  # the joint's seed is the same
+    correlation = np.corrcoef(joint, marginal)[0, 1]
+    assert abs(correlation) < ERRORS / math.sqrt(rows)
+    assert abs(math.log((conditional.mcse**2).mean() / np.var(conditional.log_prob))) < (
+        ERRORS * math.sqrt(2 / rows)
+    )
+
+
+def test_evaluation_leaves_the_model_as_it_was():
+    w = world()
+    layers = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+    modalities = w.modalities()
+    modalities[0] = Modality(
+        "a", (3,), modalities[0].likelihood, encoder=layers, decoder=modalities[0].decoder
+    )
+    vae = MVAE(modalities, latent_dim=D)
+    vae.train()
+    frozen = vae.experts["a_"].encoder[1].eval()
+    modes = [module.training for module in vae.modules()]
+    weights = {key: value.clone() for key, value in vae.state_dict().items()}
+    x = w.sample(N, seed=4)
+    first = log_likelihood(vae, x, of=["a"], num_samples=20)
+    assert [module.training for module in vae.modules()] == modes
+    assert not frozen.training and vae.training
+    for key, value in vae.state_dict().items():
+        assert torch.equal(value, weights[key]), key
+    assert not list(pyro.get_param_store())
+    assert all(p.grad is None for p in vae.parameters())
+    # Dropout is off: what was in training mode gives what a model in evaluation mode gives.
+    xr.testing.assert_identical(first, log_likelihood(vae.eval(), x, of=["a"], num_samples=20))
+
+
+def test_model_is_restored_after_an_error():
+    w, vae = zero_variance()
+    vae.train()
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="expected at least one sample site"):
+        log_likelihood(vae, w.sample(4, seed=4), of=["a"], guide=no_site)
+    assert vae.training
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_progress_is_told():
+    w, vae = zero_variance()
+    x, told = w.sample(100, seed=4), []
+    log_likelihood(vae, x, of="a", num_samples=2, on_chunk=lambda *each: told.append(each))
+    assert told == sorted(told) and told[-1] == (100, 100)
+    told.clear()
+    likelihood_table({"M": vae}, x, num_samples=2, on_chunk=lambda *each: told.append(each))
+    assert ("M log p(a, b, c)", 100, 100) in told
+    assert {title for title, *_ in told} <= {
+        f"M {quantity_name(of, given)}" for of, given in pairs(NAMES)
+    }
+
+
+# The table ------------------------------------------------------------------------------------
+
+
+def test_table_of_an_exact_model_is_the_mean_over_rows():
+    w, vae = zero_variance()
+    x, observed = holes(w.sample(N, seed=4))
+    table = likelihood_table({"MVAE": vae}, x, observed, num_samples=100).sel(model="MVAE")
+    expected = [(NAMES, [])] + [([n], []) for n in NAMES]
+    expected += [([n], [m for m in NAMES if m != n]) for n in NAMES]
+    assert table["quantity"].values.tolist() == [quantity_name(*each) for each in expected]
+    for of, given in expected:
+        rows = w.log_prob(x, observed, of=of, given=given)
+        rows = rows[~rows.isnan()]
+        found = table.sel(quantity=quantity_name(of, given))
+        assert found.num_rows == len(rows)
+        np.testing.assert_allclose(found["mean"], rows.mean(), rtol=0, atol=EXACT)
+        error = rows.std() / math.sqrt(len(rows))
+        np.testing.assert_allclose(found.standard_error, error, rtol=0, atol=EXACT)
+        assert found.mcse < EXACT and found.pareto_k == 0 and found.note == ""
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_table_sums_up_what_log_likelihood_says(name: str):
+    w = world()
+    vae = model(name, w, width=1.5)
+    x, observed = holes(w.sample(N, seed=4))
+    # The first marginal that the table needs has its seed, the others have seeds of their own.
+    quantities = [("a", "b"), (["a", "b"], ()), ("c", ["a", "b"])]
+    table = likelihood_table({"it": vae}, x, observed, quantities=quantities).sel(model="it")
+    for of, given in quantities:
+        found = table.sel(quantity=quantity_name([*of], [*given]))
+        rows = log_likelihood(vae, x, observed, of=of, given=given).dropna(
+            "row", subset=["log_prob"]
+        )
+        count = rows.sizes["row"]
+        mcse = np.sqrt((rows.mcse**2).sum()) / count
+        assert found.num_rows == count
+        assert abs(found["mean"] - rows.log_prob.mean()) < ERRORS * math.hypot(mcse, found.mcse)
+    rows = log_likelihood(vae, x, observed, of=["a", "b"]).dropna("row", subset=["log_prob"])
+    found, count = table.sel(quantity="log p(a, b)"), rows.sizes["row"]
+    np.testing.assert_allclose(found["mean"], rows.log_prob.mean(), rtol=EXACT)
+    error = rows.log_prob.std(ddof=1) / math.sqrt(count)
+    np.testing.assert_allclose(found.standard_error, error, rtol=EXACT)
+    np.testing.assert_allclose(found.mcse, np.sqrt((rows.mcse**2).sum()) / count, rtol=EXACT)
+    np.testing.assert_allclose(found.pareto_k, (rows.pareto_k > RELIABLE).mean(), rtol=EXACT)
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_chain_rule_holds_in_the_table(name: str):
+    w = world()
+    vae = model(name, w, width=1.5)
+    quantities = [([*of], [*given]) for of, given in pairs(NAMES)]
+    table = likelihood_table(
+        {"it": vae}, w.sample(N, seed=4), quantities=quantities, num_samples=20
+    )
+    mean = table["mean"].sel(model="it")
+    for of, given in quantities:
+        if given:
+            both = quantity_name([n for n in NAMES if n in (*of, *given)])
+            parts = mean.sel(quantity=quantity_name(of, given)) + mean.sel(
+                quantity=quantity_name(given)
+            )
+            np.testing.assert_allclose(parts, mean.sel(quantity=both), rtol=0, atol=EXACT)
+
+
+def test_models_that_lack_a_modality_have_a_note():
+    w, vae = zero_variance()
+    x, observed = holes(w.sample(N, seed=4))
+    alone = model("vae", world(diagonal=True))
+    for models in ({"VAE": alone, "MVAE": vae}, {"MVAE": vae, "VAE": alone}):
+        table = likelihood_table(models, x, observed, num_samples=100)
+        assert table.sizes == {"model": 2, "quantity": 7}
+        # The two have the same decoder; rows without a are left out of both.
+        own = table.sel(quantity="log p(a)")
+        np.testing.assert_allclose(*own["mean"].values, rtol=0, atol=EXACT)
+        assert (own.num_rows == int(observed["a"].sum())).all() and (own.note == "").all()
+        rest = table.drop_sel(quantity="log p(a)").sel(model="VAE")
+        for kind in ("mean", "standard_error", "mcse", "pareto_k", "num_rows"):
+            assert np.isnan(rest[kind]).all(), kind
+        assert rest.note.sel(quantity="log p(b | a, c)") == "VAE has no modality b, c"
+        assert not np.isnan(table["mean"].sel(model="MVAE")).any()
+
+
+def test_table_of_rows_that_nobody_has_is_empty():
+    w, vae = zero_variance()
+    x = w.sample(N, seed=4)
+    table = likelihood_table({"it": vae}, {"a": x["a"], "c": x["c"]}, num_samples=10)
+    found = table.sel(model="it", quantity="log p(b)")
+    assert found.num_rows == 0
+    assert np.isnan(found["mean"]) and np.isnan(found.standard_error)
+    single = likelihood_table({"it": vae}, {n: v[:1] for n, v in x.items()}, num_samples=10)
+    assert np.isnan(single.standard_error).all() and (single.num_rows == 1).all()
+
+
+def test_table_refuses_what_no_model_knows():
+    w, vae = zero_variance()
+    x = w.sample(4, seed=4)
+    with pytest.raises(
+        ValueError, match="likelihood_table x: unknown modality 'q'; this model has"
+    ):
+        likelihood_table({"it": vae}, {**x, "q": x["a"]})
+    masks = {"q": torch.ones(4, dtype=torch.bool)}
+    with pytest.raises(ValueError, match="likelihood_table observed: unknown modality 'q'"):
+        likelihood_table({"it": vae}, x, masks)
+    with pytest.raises(ValueError, match="expected at least one model, found none; pass"):
+        likelihood_table({}, x)
+
+
+def test_quantity_names_are_written_as_in_the_papers():
+    assert quantity_name(["image", "label"]) == "log p(image, label)"
+    assert quantity_name(["image"], ["label", "text"]) == "log p(image | label, text)"
