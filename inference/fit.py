@@ -178,6 +178,11 @@ def _parameters(loss: nn.Module, x: Any, observed: Any) -> list[nn.Parameter]:
         if site["type"] == "param":
             leaf = site["value"].unconstrained()
             found.setdefault(id(leaf), leaf)
+    if not found:
+        raise ValueError(
+            "fit: expected something to train, found no parameter that requires a gradient; "
+            "unfreeze the model or the guide"
+        )
     return list(found.values())
 
 
@@ -256,11 +261,13 @@ class _Trainer:
             num = len(next(iter(x.values())))
             with recorded_terms(self.module.elbo) as terms:
                 loss = self.module(x, observed) / num
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                return None
             self.optim.zero_grad(set_to_none=True)
             self.fabric.backward(loss)
             norm = self._norm()
-            value = float(loss.detach())
-            if not (math.isfinite(value) and math.isfinite(norm)):
+            if not math.isfinite(norm):
                 return None
             self.optim.step()
             if self.schedule is not None:
