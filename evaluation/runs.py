@@ -39,7 +39,7 @@ from mmzoo.vae import MultimodalVAE
 
 if TYPE_CHECKING:
     import pandas
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 __all__ = [
     "FLAGGED_SHARE",
@@ -454,13 +454,15 @@ def _right(
     else:
         others = torch.cat([mask[..., :index], mask[..., index + 1 :]], -1)
         kept = mask[..., index] & others.any(-1)
-    given = {key: value[kept] for key, value in batch.x.items() if key != name}
-    seen = {key: value[kept] for key, value in batch.observed.items() if key in given}
+    values = {key: value for key, value in batch.x.items() if value is not None}
+    masks = {key: value for key, value in batch.observed.items() if value is not None}
+    given = {key: value[kept] for key, value in values.items() if key != name}
+    seen = {key: value[kept] for key, value in masks.items() if key in given}
     q = vae.posterior(given, seen)
     p = vae.likelihood(name, q.sample((num_draws,)))
     one_hot = vae.modalities[name].likelihood.name == "one_hot_categorical"
     found = (p.mean if one_hot else p.probs).mean(0).argmax(-1)
-    truth = batch.x[name][kept]
+    truth = values[name][kept]
     return found == (truth.argmax(-1) if one_hot else truth)
 
 
@@ -515,9 +517,9 @@ def table_cells(table: xr.Dataset) -> dict[str, dict[str, str]]:
             str(model): _cell(cells.sel(model=model)) for model in table["model"].values
         }
     for predicted in map(str, table["predicted"].values) if "predicted" in table.dims else ():
-        cells = table["accuracy"].sel(predicted=predicted)
+        accuracy = table["accuracy"].sel(predicted=predicted)
         columns[f"accuracy {predicted}"] = {
-            str(model): f"{100 * float(cells.sel(model=model)):.1f} %"
+            str(model): f"{100 * float(accuracy.sel(model=model)):.1f} %"
             for model in table["model"].values
         }
     return columns
@@ -642,5 +644,7 @@ def _slug(title: str) -> str:
     return "".join(each if each.isalnum() else "-" for each in title.lower()).strip("-")
 
 
-def _save_figure(figure: Figure, path: Path) -> None:
-    figure.savefig(path, facecolor="white")
+def _save_figure(figure: Figure | SubFigure, path: Path) -> None:
+    whole = figure.get_figure(root=True)
+    assert whole is not None
+    whole.savefig(path, facecolor="white")

@@ -152,11 +152,11 @@ def check_rows(vae: MultimodalVAE, rows: MultimodalDataset, what: str) -> None:
         x, observed = rows.batch(np.arange(start, min(start + _KEPT_CHECK_ROWS, len(rows))))
         batch = check_batch(vae.modalities, x, observed, values=True)
         mask = batch.mask(vae.modalities)
-        empty = () if mask is None else (~mask.any(-1)).nonzero().squeeze(-1)
-        if len(empty):
+        empty = [] if mask is None else (~mask.any(-1)).nonzero().squeeze(-1).tolist()
+        if empty:
             raise ValueError(
                 f"{what}: expected something observed in every row, found nothing in row "
-                f"{start + int(empty[0])} and {len(empty) - 1} others of its block; drop such rows"
+                f"{start + empty[0]} and {len(empty) - 1} others of its block; drop such rows"
             )
 
 

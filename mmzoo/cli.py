@@ -39,7 +39,7 @@ class _OneLineErrors(TyperGroup):
         words = [word for word in words if word != "--debug"]
         options.pop("standalone_mode", None)
         try:
-            sys.exit(super().main(words, *rest, standalone_mode=False, **options))
+            sys.exit(super().main(words, *rest, **{**options, "standalone_mode": False}))
         except typer.Abort:
             sys.exit(_INTERRUPTED)
         except Exception as error:
@@ -340,8 +340,8 @@ def report(
 
 def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a command that are fields of a configuration."""
-    plain = ("epochs", "batch_size", "learning_rate", "latent_dim", "network", "binarize", "seed")
-    plain += ("limit", "num_samples", "device", "threads")
+    sizes = ("epochs", "batch_size", "learning_rate", "latent_dim", "network", "binarize", "seed")
+    plain = (*sizes, "limit", "num_samples", "device", "threads")
     given = {name: arguments[name] for name in plain}
     root = arguments["root"]
     given["root"] = None if root is None else str(root)

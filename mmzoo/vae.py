@@ -548,9 +548,8 @@ class MultimodalVAE(nn.Module):
         return Mixture(log_weights, loc, scale, family=_FAMILIES[self.family])
 
     def _fill_entries(self, name: str, value: Tensor) -> Tensor:
-        filler = self.generative.likelihoods[f"{name}_"].filler(
-            self.modalities[name].event_shape, value.dtype, value.device
-        )
+        modality = self.modalities[name]
+        filler = modality.likelihood.filler(modality.event_shape, value.dtype, value.device)
         return torch.where(value.isnan(), filler, value)
 
     def _entrywise(self, name: str, fn: TorchDistribution, value: Tensor) -> TorchDistribution:
