@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -57,10 +58,13 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty working folder, without a folder of data sets."""
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An empty working folder, without a folder of data sets; threads are given back."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MMZOO_DATA", raising=False)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 # What is listed -----------------------------------------------------------------------------------
@@ -264,9 +268,10 @@ def test_default_folders() -> None:
 
 def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
-    monkeypatch.setattr(torch, "set_num_threads", found.append)
-    works("train", "mvae", *TINY, "--threads", 1)
-    assert found == [1]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "set_num_threads", found.append)
+        works("train", "mvae", *TINY, "--threads", 3)
+    assert found == [3]
 
 
 def test_command_line_of_a_config_repeats_it(monkeypatch: pytest.MonkeyPatch) -> None:
