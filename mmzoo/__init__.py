@@ -16,10 +16,27 @@ The models stand in `mmzoo.models`, training in `mmzoo.inference`, likelihoods, 
 in `mmzoo.evaluation`, data sets in `mmzoo.data`.
 """
 
-from mmzoo.data import MultimodalDataset
-from mmzoo.modality import Modality
-from mmzoo.vae import MultimodalVAE
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmzoo.data import MultimodalDataset
+    from mmzoo.modality import Modality
+    from mmzoo.vae import MultimodalVAE
 
 __all__ = ["Modality", "MultimodalDataset", "MultimodalVAE", "__version__"]
 
 __version__ = "0.1.0"
+
+# Resolved on first use: `mmzoo --help` need not wait for torch.
+_PLACES = {
+    "Modality": "mmzoo.modality",
+    "MultimodalDataset": "mmzoo.data",
+    "MultimodalVAE": "mmzoo.vae",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'mmzoo' has no attribute {name!r}")
+    return getattr(import_module(_PLACES[name]), name)
