@@ -426,7 +426,7 @@ def posterior_guide(w: LinearGaussianWorld):
 def mixture_guide(w: LinearGaussianWorld):
     def guide(x: X, observed: X | None = None) -> Tensor:
         loc = w.posterior(x, observed).mean
-        loc = torch.stack([loc - 0.3, loc + 0.3], -2)  # (N, 2, D)
+        loc = torch.stack([loc - 1.0, loc + 1.0], -2)  # (N, 2, D)
         log_weights = torch.tensor([0.3, 0.7]).log().expand(loc.shape[:-1])
         with pyro.plate("data", rows_of(x), dim=-1):
             return pyro.sample("z", Mixture(log_weights, loc, torch.full_like(loc, 1.2)))
@@ -687,6 +687,26 @@ def test_seed_decides_the_draws_and_disturbs_nobody(name: str):
     other = log_likelihood(vae, x, observed, **options, seed=5)
     kept = ~np.isnan(first.log_prob)
     assert (first.log_prob != other.log_prob)[kept].all()
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_conditional_is_as_good_as_the_worse_of_its_parts(name: str):
+    w = world()
+    vae = model(name, w, width=1.5)
+    x = w.sample(N, seed=4)
+    options = {"num_samples": 200}
+    found = log_likelihood(vae, x, of=["a", "c"], given=["b"], **options)
+    joint = log_likelihood(vae, x, of=NAMES, **options)
+    known = log_likelihood(vae, x, of=["b"], **options, seed=1)
+    parts = {
+        "log_prob": joint.log_prob - known.log_prob,
+        "mcse": np.hypot(joint.mcse, known.mcse),
+        "ess": np.minimum(joint.ess, known.ess),
+        "pareto_k": np.maximum(joint.pareto_k, known.pareto_k),
+    }
+    assert (joint.ess < known.ess).any() and (joint.pareto_k < known.pareto_k).any()
+    for kind, expected in parts.items():
+        np.testing.assert_allclose(found[kind], expected, rtol=EXACT, atol=EXACT, err_msg=kind)
 
 
 def test_joint_and_marginal_of_a_conditional_have_draws_of_their_own():
