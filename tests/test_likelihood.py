@@ -820,6 +820,18 @@ def test_table_sums_up_what_log_likelihood_says(name: str):
     np.testing.assert_allclose(found.pareto_k, (rows.pareto_k > RELIABLE).mean(), rtol=EXACT)
 
 
+@pytest.mark.parametrize("name", ["mvae", "jmvae"])
+def test_marginals_of_the_table_have_draws_of_their_own(name: str):
+    rows = 400
+    w = world()
+    x = {n: value.expand(rows, -1) for n, value in w.sample(1, seed=5).items()}
+    quantities = [(["a"], ["b", "c"])]
+    table = likelihood_table({"it": model(name, w, width=1.5)}, x, quantities=quantities)
+    # All rows being the same, they differ by the Monte Carlo error and by nothing else.
+    ratio = float((table.standard_error / table.mcse).squeeze())
+    assert abs(2 * math.log(ratio)) < ERRORS * math.sqrt(2 / rows)
+
+
 @pytest.mark.parametrize("name", MANY)
 def test_chain_rule_holds_in_the_table(name: str):
     w = world()
