@@ -100,7 +100,9 @@ def check_batch(
         _check_mask(name, mask, rows)
         if x.get(name) is not None:
             masks[name] = mask
-            lead = torch.broadcast_shapes(lead, mask.shape[:-1])
+            # As a rule all masks are of one shape, and torch takes its time to find out.
+            if mask.shape[:-1] != lead:
+                lead = torch.broadcast_shapes(lead, mask.shape[:-1]) if lead else mask.shape[:-1]
     checked: dict[str, Tensor | None] = {}
     for name, value in x.items():
         if value is None:
