@@ -426,7 +426,7 @@ def posterior_guide(w: LinearGaussianWorld):
 def mixture_guide(w: LinearGaussianWorld):
     def guide(x: X, observed: X | None = None) -> Tensor:
         loc = w.posterior(x, observed).mean
-        loc = torch.stack([loc - 1.0, loc + 1.0], -2)  # (N, 2, D)
+        loc = torch.stack([loc - 1.0, loc + 0.2], -2)  # (N, 2, D)
         log_weights = torch.tensor([0.3, 0.7]).log().expand(loc.shape[:-1])
         with pyro.plate("data", rows_of(x), dim=-1):
             return pyro.sample("z", Mixture(log_weights, loc, torch.full_like(loc, 1.2)))
