@@ -50,10 +50,14 @@ class _LogitsBernoulli(dist.Bernoulli):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        # Above the threshold softplus is the identity, exact in float64 from 40 on. One fused
-        # product: this line costs as much as a small decoder when thousands of draws are scored.
         logits = self.logits
-        return torch.addcmul(-softplus(logits, threshold=40.0), value.to(logits.dtype), logits)
+        value = value.to(logits.dtype)
+        # Above the threshold softplus is the identity, exact in float64 from 40 on.
+        log_prob = softplus(logits, threshold=40.0).neg_()
+        if value.shape == logits.shape[logits.dim() - value.dim() :]:
+            # In place: for thousands of draws, fresh memory costs more than the arithmetic.
+            return log_prob.addcmul_(value, logits)
+        return torch.addcmul(log_prob, value, logits)
 
 
 class _LogitsContinuousBernoulli(dist.ContinuousBernoulli):
