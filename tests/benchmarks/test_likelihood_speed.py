@@ -14,7 +14,7 @@ from mmzoo.models import MVAE
 
 pytestmark = pytest.mark.benchmark
 
-ROWS, DRAWS, ROUNDS = 64, 400, 7
+ROWS, DRAWS, ROUNDS = 64, 256, 5
 CHUNKS = (512, 1024, 2048, 4096)
 
 
