@@ -1,11 +1,14 @@
 """Is it worth keeping incomplete rows? Half of the labels and a quarter of the images missing.
 
-Only about a quarter to a third of the rows are then complete. Each model of the zoo that takes two
-modalities is trained twice, with the same initial weights, the same objective and as many gradient
-steps: once on all rows, masks and all, once on the complete rows alone, which is what software
-without masks forces upon its users. Both are judged by log p(image, label) of the same complete
-test rows, each row estimated with K draws, and compared row by row: the standard error of the mean
-*difference* is that of the paired differences, far below that of either mean.
+No row lacks both, so a quarter of the rows is complete. Each model of the zoo that takes two
+modalities is trained twice, with the same initial weights, the same objective and at most as many
+gradient steps: once on all rows, masks and all, once on the complete rows alone, which is what
+software without masks forces upon its users. Each training holds out 15 % of its own rows and keeps
+the weights with the best bound there, so that neither side is punished for having overfitted.
+
+Both are judged by log p(image, label) of the same complete test rows, each row estimated with K
+draws, and compared row by row: the standard error of the mean *difference* is that of the paired
+differences, far below that of either mean.
 
 It is the likelihood of the model that is compared, with the model's own guide proposing; a
 difference that counts is several times its standard error, in a model whose estimates can be relied
@@ -38,9 +41,20 @@ def test_likelihoods(
     """Trains a model on some rows, and estimates log p(image, label) of the test rows."""
     torch.manual_seed(args.seed)
     vae = MODELS[name](train.modalities, latent_dim=args.latent_dim)
+    kept, held_out = train.split([0.85, 0.15], seed=args.seed)
     # As many gradient steps whatever the number of rows.
-    epochs = max(1, round(args.steps / math.ceil(len(train) / args.batch_size)))
-    fit(vae, train, epochs=epochs, batch_size=args.batch_size, seed=args.seed, progress=False)
+    epochs = max(1, round(args.steps / math.ceil(len(kept) / args.batch_size)))
+    fit(
+        vae,
+        kept,
+        validation=held_out,
+        patience=max(1, epochs // 4),
+        epochs=epochs,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        seed=args.seed,
+        progress=False,
+    )
     device = next(vae.parameters()).device
     x, observed = test.to(device).tensors()
     return log_likelihood(vae, x, observed, of=list(vae.modalities), num_samples=args.num_samples)
@@ -57,8 +71,9 @@ def main() -> None:
     parser.add_argument("--data", default="digits", choices=["digits", "mnist", "fashion_mnist"])
     parser.add_argument("--root", help="folder with the data, for those that are not embedded")
     parser.add_argument("--models", default="jmvae,mvae,mmvae,mopoe,mwvae")
-    parser.add_argument("--steps", type=int, default=600, help="gradient steps of each training")
+    parser.add_argument("--steps", type=int, default=1500, help="most gradient steps of each")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--latent-dim", type=int, default=8)
     parser.add_argument("--num-samples", type=int, default=200, help="draws of each test row")
     parser.add_argument("--test-rows", type=int, default=360)
