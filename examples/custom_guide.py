@@ -12,9 +12,11 @@ missing data, for every set S of observed modalities, by construction.
 
 Any Pyro guide over the sites of the model will do (here one site, "z", inside the plate "data"). It
 is called as ``guide(x, observed)``. ``fit(..., guide=guide, objective=Trace_ELBO())`` trains it
-together with the model, ``log_likelihood(..., guide=guide)`` has it propose. Both estimates below
-are consistent for their own model whatever the guide; a better guide shows in the bound, which is
-closer to log p, in the larger effective sample size (ess), and in a smaller Pareto k.
+together with the model, ``log_likelihood(..., guide=guide)`` has it propose. The estimates are
+consistent for each model whatever the guide. For one fixed model, a better guide has the larger
+effective sample size (ess) and the smaller Pareto k. Here each guide trains a model of its own: the
+richer guide lets its model use z for more, which shows in the bound and in log p, while posteriors
+become harder to match, so that the ess need not grow.
 
 The third fit adds an alignment term. An ELBO *subtracts* what a guide holds, so a ``pyro.factor``
 of the guide with the squared Wasserstein distance between q(z | image) and q(z | label) pulls the
