@@ -20,7 +20,7 @@ from mmzoo.distributions import Mixture
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from mmzoo.vae import Experts, MultimodalVAE
+    from mmzoo.vae import Experts, MultimodalVAE, Rows
 
 __all__ = ["Alignment", "KLAlignment", "Wasserstein", "alignment_terms"]
 
@@ -155,7 +155,7 @@ def _sum_observed(each: Tensor, mask: Tensor | None) -> Tensor:
 
 def alignment_terms(
     vae: MultimodalVAE,
-    x: Mapping[str, Tensor | None],
+    x: Rows,
     observed: Mapping[str, Tensor] | None,
     alignment: Alignment,
     experts: Experts | None = None,

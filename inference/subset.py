@@ -23,7 +23,7 @@ from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor
 
 from mmzoo import combine
-from mmzoo.batch import modality_names
+from mmzoo.batch import Batch, modality_names
 from mmzoo.inference.alignment import Alignment, alignment_terms
 from mmzoo.inference.objective import Objective, owner, recorded_terms, scale_sites
 from mmzoo.vae import MultimodalVAE
@@ -146,13 +146,13 @@ class SubsetELBO(Objective):
         given, valid = self._subsets(tuple(vae.modalities), present)  # (S, N, M), (S, N)
         scored = given if self.scored == "given" else present.expand_as(given)
         with recorded_terms(self.elbo) as terms:
-            args = (model, run, vae, x, batch.shape[-1], given, scored, valid)
+            args = (model, run, vae, batch, own, given, scored, valid)
             loss = self._vectorized(*args) if self.vectorized else self._looped(*args)
         self.terms = _merged(terms)
         for alignment in self.alignment:
             if not own and alignment.weight:
                 experts = vae._encode(batch) if experts is None else experts
-            distance = alignment_terms(vae, x, observed, alignment, experts)
+            distance = alignment_terms(vae, batch, None, alignment, experts)
             loss = loss + alignment.weight * distance.sum()
             key = type(alignment).__name__.lower()
             self.terms[key] = (distance.detach().sum(), torch.as_tensor(distance.numel()))
@@ -208,34 +208,36 @@ class SubsetELBO(Objective):
         model: Callable[..., Any],
         guide: Callable[..., Any],
         vae: MultimodalVAE,
-        x: Mapping[str, Tensor | None],
-        num_rows: int,
+        batch: Batch,
+        own: bool,
         given: Tensor,
         scored: Tensor,
         valid: Tensor,
     ) -> Tensor:
-        shape = (len(given), num_rows)
+        def on_plate(fn: Callable[..., Any], mask: Tensor, own: bool) -> Callable[[], Any]:
+            rows = batch.seen_through(mask, vae.modalities)
 
-        def on_plate(fn: Callable[..., Any], mask: Tensor) -> Callable[[], Any]:
             def run() -> Any:
                 with ExitStack() as stack:
                     for handler in self._handlers(vae, valid):
                         stack.enter_context(handler)
                     stack.enter_context(pyro.plate("subsets", len(given), dim=-2))
-                    return fn(x, _masks(vae, x, mask, shape))
+                    return _call(fn, rows, own)
 
             return run
 
         scored = scored & valid.unsqueeze(-1)
-        return self.elbo.differentiable_loss(on_plate(model, scored), on_plate(guide, given))
+        return self.elbo.differentiable_loss(
+            on_plate(model, scored, True), on_plate(guide, given, own)
+        )
 
     def _looped(
         self,
         model: Callable[..., Any],
         guide: Callable[..., Any],
         vae: MultimodalVAE,
-        x: Mapping[str, Tensor | None],
-        num_rows: int,
+        batch: Batch,
+        own: bool,
         given: Tensor,
         scored: Tensor,
         valid: Tensor,
@@ -244,27 +246,27 @@ class SubsetELBO(Objective):
         count = valid.sum(0).clamp(min=1)
         for each, score, counts in zip(given, scored, valid, strict=True):
 
-            def run(fn: Callable[..., Any], mask: Tensor, counts: Tensor = counts) -> Any:
+            def run(
+                fn: Callable[..., Any], mask: Tensor, own: bool, counts: Tensor = counts
+            ) -> Any:
                 with ExitStack() as stack:
                     for handler in self._handlers(vae, None):
                         stack.enter_context(handler)
                     if self.weights == "mean":
                         stack.enter_context(poutine.scale(scale=1.0 / count))
                     stack.enter_context(poutine.mask(mask=counts))
-                    return fn(x, _masks(vae, x, mask, (num_rows,)))
+                    return _call(fn, batch.seen_through(mask, vae.modalities), own)
 
             score = score & counts.unsqueeze(-1)
             loss = loss + self.elbo.differentiable_loss(
-                partial(run, model, score), partial(run, guide, each)
+                partial(run, model, score, True), partial(run, guide, each, own)
             )
         return loss
 
 
-def _masks(
-    vae: MultimodalVAE, x: Mapping[str, Tensor | None], mask: Tensor, shape: tuple[int, ...]
-) -> dict[str, Tensor]:
-    columns = zip(vae.modalities, mask.unbind(-1), strict=True)
-    return {name: column.expand(shape) for name, column in columns if x.get(name) is not None}
+def _call(fn: Callable[..., Any], rows: Batch, own: bool) -> Any:
+    """A pair of the model's own takes checked rows; a guide of the user's takes plain dicts."""
+    return fn(rows) if own else fn(rows.x, rows.observed)
 
 
 def _at(schedule: Schedule, step: int, what: str) -> float:

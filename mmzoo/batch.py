@@ -48,6 +48,18 @@ class Batch:
         """Whether any value of this modality was given."""
         return self.x.get(name) is not None
 
+    def seen_through(self, mask: Tensor, names: Iterable[str]) -> Batch:
+        """The same values under other masks, ``(*, N, M)``, which need no second check.
+
+        Args:
+            mask: Masks of the named modalities side by side; a mask may shrink, never grow.
+            names: The modalities.
+        """
+        shape = torch.Size((*mask.shape[:-2], self.shape[-1]))
+        columns = zip(names, mask.unbind(-1), strict=True)
+        masks = {name: column.expand(shape) for name, column in columns if self.has(name)}
+        return Batch(self.x, {**masks}, shape)
+
     @property
     def device(self) -> torch.device | None:
         """Where the values live; None if there are none."""

@@ -77,24 +77,17 @@ def product_of_experts(
     """
     loc, scale = fill(loc, scale, mask)
     present = _mask_of(loc, mask)
-    prior = torch.as_tensor(prior, device=loc.device)
-    log_tau = -2 * scale.log()
+    alone = torch.as_tensor(prior, device=loc.device)
+    # Not in logs: in float32 scales from 1e-12 to 1e12 are exact, in a third of the time.
+    tau = scale.reciprocal().square()  # (*, N, M, D)
     if weights is not None:
         present = present & (weights > 0)
-        share = mixture_weights(present, weights)
-        log_w = torch.where(present, weights, 1.0).log()
-        log_tau = log_tau + torch.where(prior.unsqueeze(-1), log_w, share).unsqueeze(-1)
-    log_tau = torch.where(present.unsqueeze(-1), log_tau, -torch.inf)  # (*, N, M, D)
-    return _normalised_product(loc, log_tau, prior | ~present.any(-1))
-
-
-def _normalised_product(loc: Tensor, log_tau: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
-    """Product in log precisions, which do not overflow; `prior` `(*, N)` adds N(0, 1)."""
-    base = torch.where(prior[..., None, None], 0.0, -torch.inf).to(log_tau)
-    base = base.expand(*log_tau.shape[:-2], 1, log_tau.shape[-1])
-    total = torch.cat([log_tau, base], -2).logsumexp(-2)  # (*, N, D)
-    share = (log_tau - total.unsqueeze(-2)).exp()
-    return (share * loc).sum(-2), (-0.5 * total).exp()
+        share = mixture_weights(present, weights).exp()
+        tau = tau * torch.where(alone.unsqueeze(-1), weights, share).unsqueeze(-1)
+    if mask is not None or weights is not None:
+        tau = torch.where(present.unsqueeze(-1), tau, 0.0)
+    total = tau.sum(-2) + (alone | ~present.any(-1)).unsqueeze(-1)  # (*, N, D)
+    return (tau * loc).sum(-2) / total, total.rsqrt()
 
 
 def conditional_product(

@@ -40,6 +40,8 @@ _FAMILIES: dict[str, type[dist.Normal] | type[dist.Laplace]] = {
     "laplace": dist.Laplace,
 }
 _MIN_SCALE = 1e-4
+
+Rows = Mapping[str, Tensor | None] | Batch
 _fresh = itertools.count()
 
 
@@ -170,7 +172,7 @@ class MultimodalVAE(nn.Module):
 
     def model(
         self,
-        x: Mapping[str, Tensor | None] | None = None,
+        x: Rows | None = None,
         observed: Mapping[str, Tensor] | None = None,
         *,
         num_rows: int | None = None,
@@ -197,7 +199,7 @@ class MultimodalVAE(nn.Module):
 
     def guide(
         self,
-        x: Mapping[str, Tensor | None] | None = None,
+        x: Rows | None = None,
         observed: Mapping[str, Tensor] | None = None,
         *,
         experts: Experts | None = None,
@@ -267,7 +269,7 @@ class MultimodalVAE(nn.Module):
 
     def encode(
         self,
-        x: Mapping[str, Tensor | None],
+        x: Rows,
         observed: Mapping[str, Tensor] | None = None,
     ) -> Experts:
         """Runs each encoder once, on the rows that have its modality.
@@ -298,7 +300,7 @@ class MultimodalVAE(nn.Module):
 
     def posterior(
         self,
-        x: Mapping[str, Tensor | None] | None = None,
+        x: Rows | None = None,
         observed: Mapping[str, Tensor] | None = None,
         *,
         experts: Experts | None = None,
@@ -312,7 +314,7 @@ class MultimodalVAE(nn.Module):
 
     def unimodal(
         self,
-        x: Mapping[str, Tensor | None],
+        x: Rows,
         observed: Mapping[str, Tensor] | None = None,
         *,
         experts: Experts | None = None,
@@ -348,7 +350,7 @@ class MultimodalVAE(nn.Module):
     @torch.no_grad()
     def generate(
         self,
-        x: Mapping[str, Tensor | None] | None = None,
+        x: Rows | None = None,
         observed: Mapping[str, Tensor] | None = None,
         *,
         num_samples: int | None = None,
@@ -374,12 +376,17 @@ class MultimodalVAE(nn.Module):
 
     def check(
         self,
-        x: Mapping[str, Tensor | None] | None,
+        x: Rows | None,
         observed: Mapping[str, Tensor] | None = None,
         *,
         num_rows: int | None = None,
     ) -> Batch:
-        """The batch, checked against the modalities; see :func:`mmzoo.batch.check_batch`."""
+        """The batch, checked against the modalities; see :func:`mmzoo.batch.check_batch`.
+
+        A :class:`~mmzoo.batch.Batch` in the place of ``x`` was checked before.
+        """
+        if isinstance(x, Batch):
+            return x
         dtype = self.generative.prior_loc.dtype
         return check_batch(self.modalities, x, observed, num_rows=num_rows, dtype=dtype)
 
