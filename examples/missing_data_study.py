@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import xarray as xr
 
+from mmzoo import Modality
 from mmzoo.data import MultimodalDataset, load, missing_completely_at_random
 from mmzoo.evaluation import log_likelihood
 from mmzoo.inference import fit
@@ -40,7 +41,7 @@ def test_likelihoods(
 ) -> xr.Dataset:
     """Trains a model on some rows, and estimates log p(image, label) of the test rows."""
     torch.manual_seed(args.seed)
-    vae = MODELS[name](train.modalities, latent_dim=args.latent_dim)
+    vae = MODELS[name](modalities_of(train, args), latent_dim=args.latent_dim)
     kept, held_out = train.split([0.85, 0.15], seed=args.seed)
     # As many gradient steps whatever the number of rows.
     epochs = max(1, round(args.steps / math.ceil(len(kept) / args.batch_size)))
@@ -60,6 +61,17 @@ def test_likelihoods(
     return log_likelihood(vae, x, observed, of=list(vae.modalities), num_samples=args.num_samples)
 
 
+def modalities_of(rows: MultimodalDataset, args: argparse.Namespace) -> list[Modality]:
+    """The modalities with perceptrons of the wanted widths, or as they are."""
+    if not args.hidden:
+        return list(rows.modalities or ())
+    network = {"kind": "mlp", "hidden": args.hidden}
+    return [
+        Modality(m.name, m.event_shape, m.likelihood, encoder=network, decoder=network)
+        for m in rows.modalities or ()
+    ]
+
+
 def compare(masked: np.ndarray, dropped: np.ndarray) -> tuple[float, float]:
     """Mean paired difference, and its standard error over rows."""
     difference = masked - dropped
@@ -77,6 +89,7 @@ def main() -> None:
     parser.add_argument("--latent-dim", type=int, default=8)
     parser.add_argument("--num-samples", type=int, default=200, help="draws of each test row")
     parser.add_argument("--test-rows", type=int, default=360)
+    parser.add_argument("--hidden", type=int, nargs="*", help="widths of perceptrons")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     args = parser.parse_args()
