@@ -38,6 +38,7 @@ from torch import Tensor
 
 from mmzoo.batch import modality_names
 from mmzoo.evaluation.pareto import WeightSummary
+from mmzoo.evaluation.tables import ROW_VARIABLES, table_of_rows
 from mmzoo.inference.draws import draw, log_joint, log_prior, log_proposal, replay
 from mmzoo.seeding import seeded
 from mmzoo.vae import MultimodalVAE
@@ -47,7 +48,6 @@ __all__ = ["likelihood_table", "log_likelihood", "quantity_name"]
 _ESTIMATES = ("log_prob", "mcse", "ess", "pareto_k")
 _ROWS = 64
 _CHUNK = {"cpu": 2048, "cuda": 1 << 17}
-_UNRELIABLE = 0.7
 
 Arrays = dict[str, np.ndarray]
 
@@ -176,7 +176,9 @@ def likelihood_table(
         Over ``model`` and ``quantity``: ``mean`` over rows in nats, ``standard_error`` of that
         mean over rows, ``mcse`` (the part of it that is Monte Carlo error), ``pareto_k`` (share of
         rows above 0.7) and ``num_rows``. A quantity that a model cannot answer is NaN, with the
-        reason in ``note``.
+        reason in ``note``. Over ``row`` besides, so that models can be compared row by row
+        (:func:`mmzoo.evaluation.tables.paired_differences`): ``log_prob``, ``row_mcse`` and
+        ``row_pareto_k``.
     """
     if not models:
         raise ValueError(
@@ -188,8 +190,8 @@ def likelihood_table(
     quantities = _default_quantities(list(known_names)) if quantities is None else quantities
     pairs = [(_as_tuple(of), _as_tuple(given)) for of, given in quantities]
     titles = [quantity_name(of, given) for of, given in pairs]
-    kinds = ("mean", "standard_error", "mcse", "pareto_k", "num_rows")
-    table = {kind: np.full((len(models), len(pairs)), np.nan) for kind in kinds}
+    num_rows = _num_rows(x)
+    values = {kind: np.full((len(models), len(pairs), num_rows), np.nan) for kind in ROW_VARIABLES}
     note = np.full((len(models), len(pairs)), "", dtype=object)
     for i, (title, vae) in enumerate(models.items()):
         known: dict[tuple[str, ...], Arrays] = {}
@@ -212,20 +214,16 @@ def likelihood_table(
                     sampler.reject_empty()
             sampler.on_chunk = _telling(on_chunk, f"{title} {titles[j]}")
             rows = _conditional(sampler, known, of, given, seed)
-            for kind, value in _summary(rows).items():
-                table[kind][i, j] = value
-    variables: dict[str, Any] = {k: (("model", "quantity"), v) for k, v in table.items()}
-    variables["note"] = (("model", "quantity"), note.astype(str))
-    return xr.Dataset(
-        variables,
-        coords={"model": list(models), "quantity": titles},
-        attrs={
-            "num_samples": num_samples,
-            "prior_share": prior_share,
-            "seed": seed,
-            "units": "nats per row",
-        },
-    )
+            for kind in values:
+                values[kind][i, j] = rows[kind]
+    attrs = {
+        "num_samples": num_samples,
+        "prior_share": prior_share,
+        "seed": seed,
+        "units": "nats per row",
+    }
+    coords = {"model": list(models), "quantity": titles}
+    return table_of_rows(values, coords, note=note, attrs=attrs)
 
 
 def quantity_name(of: Sequence[str], given: Sequence[str] = ()) -> str:
@@ -432,19 +430,8 @@ def _conditional(
     return {kind: np.where(absent, np.nan, values) for kind, values in rows.items()}
 
 
-def _summary(rows: Arrays) -> dict[str, float]:
-    kept = ~np.isnan(rows["log_prob"])
-    count = int(kept.sum())
-    if count == 0:
-        return {"num_rows": 0.0}
-    values, k = rows["log_prob"][kept], rows["pareto_k"][kept]
-    return {
-        "mean": float(values.mean()),
-        "standard_error": float(values.std(ddof=1) / np.sqrt(count)) if count > 1 else np.nan,
-        "mcse": float(np.sqrt(np.square(rows["mcse"][kept]).sum()) / count),
-        "pareto_k": float((k > _UNRELIABLE).mean()) if not np.isnan(k).all() else np.nan,
-        "num_rows": float(count),
-    }
+def _num_rows(x: Mapping[str, Tensor]) -> int:
+    return next((len(v) for v in x.values() if isinstance(v, Tensor) and v.dim()), 0)
 
 
 def _as_tuple(names: str | Sequence[str]) -> tuple[str, ...]:

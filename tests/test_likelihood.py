@@ -1113,6 +1113,11 @@ def test_table_sums_up_what_log_likelihood_says(name: str):
     np.testing.assert_allclose(found.standard_error, error, rtol=EXACT)
     np.testing.assert_allclose(found.mcse, np.sqrt((rows.mcse**2).sum()) / count, rtol=EXACT)
     np.testing.assert_allclose(found.pareto_k, (rows.pareto_k > RELIABLE).mean(), rtol=EXACT)
+    kept = found.dropna("row", subset=["log_prob"])
+    for kind in ("log_prob", "mcse", "pareto_k"):  # the values of the rows, to the bit
+        own = kind if kind == "log_prob" else f"row_{kind}"
+        np.testing.assert_array_equal(kept[own], rows[kind])
+    np.testing.assert_array_equal(kept["row"], rows["row"])
 
 
 @pytest.mark.parametrize("name", ["mvae", "jmvae"])
@@ -1151,13 +1156,14 @@ def test_models_that_lack_a_modality_have_a_note():
     alone = model("vae", world(diagonal=True))
     for models in ({"VAE": alone, "MVAE": vae}, {"MVAE": vae, "VAE": alone}):
         table = likelihood_table(models, x, observed, num_samples=100)
-        assert table.sizes == {"model": 2, "quantity": 7}
+        assert table.sizes == {"model": 2, "quantity": 7, "row": N}
         # The two have the same decoder; rows without a are left out of both.
         own = table.sel(quantity="log p(a)")
         np.testing.assert_allclose(*own["mean"].values, rtol=0, atol=EXACT)
         assert (own.num_rows == int(observed["a"].sum())).all() and (own.note == "").all()
         rest = table.drop_sel(quantity="log p(a)").sel(model="VAE")
-        for kind in ("mean", "standard_error", "mcse", "pareto_k", "num_rows"):
+        kinds = ("mean", "standard_error", "mcse", "pareto_k", "num_rows", "log_prob", "row_mcse")
+        for kind in kinds:
             assert np.isnan(rest[kind]).all(), kind
         assert rest.note.sel(quantity="log p(b | a, c)") == "VAE has no modality b, c"
         assert not np.isnan(table["mean"].sel(model="MVAE")).any()
