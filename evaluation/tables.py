@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FLAGGED_SHARE",
+    "NOT_ASKED",
     "ROW_VARIABLES",
     "SIGNIFICANT",
     "UNRELIABLE",
@@ -54,6 +55,9 @@ SIGNIFICANT = 2.0
 
 ROW_VARIABLES = {"log_prob": "log_prob", "mcse": "row_mcse", "pareto_k": "row_pareto_k"}
 """Result of :func:`mmzoo.evaluation.log_likelihood` to its name in a table."""
+
+NOT_ASKED = "not asked for"
+"""The note of a cell that a layout leaves empty."""
 
 _SUMMARIES = ("mean", "standard_error", "mcse", "pareto_k", "num_rows")
 _IDENTITY = ("data", "binarize", "data_seed", "rows")
@@ -491,9 +495,8 @@ def to_pandas(table: xr.Dataset) -> pandas.DataFrame:
 
     flat = table.drop_dims(["predicted", "row"], errors="ignore")
     frame = flat.to_dataframe().reset_index()
-    if "proposal" in frame:  # what no proposal was asked for
-        frame = frame[frame["num_rows"].notna() | (frame.get("note", "") != "")]
-        frame = frame.reset_index(drop=True)
+    if "note" in frame:
+        frame = frame[frame["note"] != NOT_ASKED].reset_index(drop=True)
     frame["unreliable"] = frame["pareto_k"] > FLAGGED_SHARE
     if "predicted" not in table.dims:
         return frame
