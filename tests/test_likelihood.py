@@ -987,7 +987,7 @@ def test_target_that_is_met_at_once_changes_nothing():
 @pytest.mark.parametrize("name", ["mvae", "mmvae"])
 def test_pooled_draws_are_worth_as_many_at_once(name: str, share: float):
     # The same row again and again: pooled estimates and those of one run have one distribution.
-    rows, first, most = 300, 50, 800
+    rows, first, most = 300, 40, 640  # of both, a quarter comes from the prior
     w = world()
     vae = model(name, w, width=1.5)
     x = {n: value.expand(rows, -1) for n, value in w.sample(1, seed=5).items()}
@@ -1006,7 +1006,7 @@ def test_pooled_draws_are_worth_as_many_at_once(name: str, share: float):
 
 def test_bias_of_stopping_is_a_fraction_of_the_target():
     # Rows whose error lies right at the target: the estimate decides who stops.
-    rows, target = 4000, 0.1
+    rows = 4000
     w = world()
     vae = model("mvae", w, width=1.5)
     x = {n: value.expand(rows, -1) for n, value in w.sample(1, seed=5).items()}
@@ -1021,9 +1021,8 @@ def test_bias_of_stopping_is_a_fraction_of_the_target():
         error = ratio.std() / math.sqrt(rows)
         assert ERRORS * error < 0.5 * target
         assert abs(ratio.mean() - 1) < 0.2 * target + ERRORS * error
-        first = np.exp(log_likelihood(vae, x, **options).log_prob.values - exact)
-        # Without drawing again for the others, the bias is far beyond what is stated here.
-        kept = first[found["num_samples"].values == 50]
+        # Of those that stop at once alone it is far beyond what is stated here.
+        kept = ratio[found["num_samples"].values == 50]
         assert kept.mean() - 1 > 0.2 * target + ERRORS * error
 
 
@@ -1151,7 +1150,7 @@ def assert_calibrated(z: np.ndarray) -> None:
 @pytest.mark.parametrize("kind", ESTIMATORS)
 def test_errors_over_many_worlds_are_what_they_say(kind: str):
     z = errors_of_worlds(*ESTIMATORS[kind])
-    assert len(z) > 0.6 * WORLDS * WORLD_ROWS * 0.6
+    assert len(z) > 0.6 * WORLDS * WORLD_ROWS
     assert_calibrated(z)
     for broken in (1.3 * z, 0.7 * z, z + 0.3, np.append(z, 6.0)):
         with pytest.raises(AssertionError):
