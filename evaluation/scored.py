@@ -27,6 +27,7 @@ __all__ = [
     "latent_names",
     "mean_and_error",
     "simulate",
+    "unflatten",
 ]
 
 # Up to here every subset is looked at by default: 2^3 - 1 = 7 of them.
@@ -98,6 +99,11 @@ class Shown:
         found = [{"log_guide": part.log_guide(values)} for part in self._parts]
         return self._join(found)["log_guide"]
 
+    def log_joint(self, values: Mapping[str, Tensor]) -> Tensor:
+        """``log p(z, x_S)`` alone, ``(K, N)``, with its gradient where there is one."""
+        found = [{"log_joint": part.log_joint(values)[0]} for part in self._parts]
+        return self._join(found)["log_joint"]
+
     def _join(self, found: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         if len(found) == 1:
             return dict(found[0])
@@ -136,36 +142,35 @@ class _Part:
         options = {"stratified": stratified and not self.empty, **self.kwargs}
         return draw(self.guide, self.x, self.masks, num_draws, **options)
 
-    def _here(self, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
-        found = {name: value[:, self.index] for name, value in values.items()}
-        return found, len(next(iter(found.values())))
-
-    def log_guide(self, values: Mapping[str, Tensor]) -> Tensor:
-        here, num = self._here(values)
+    def _fixed(self, values: Mapping[str, Tensor]) -> tuple[Draws, int]:
+        """Draws of these values, and K."""
+        here = {name: value[:, self.index] for name, value in values.items()}
         if self._draws is None:  # only the names of its sites are used
             with torch.no_grad():
                 self._draws = self._draw(1)
-        draws = self._draws._replace(trace=_with_values(self._draws, here))
+        trace = self._draws.trace.copy()
+        for name, value in here.items():
+            trace.nodes[name]["value"] = value
+        return self._draws._replace(trace=trace), len(next(iter(here.values())))
+
+    def log_guide(self, values: Mapping[str, Tensor]) -> Tensor:
+        draws, num = self._fixed(values)
         again = replay(self.guide, self.x, self.masks, draws, num, **self.kwargs)
         return log_proposal(again, self.rows)
 
-    def densities(self, values: Mapping[str, Tensor]) -> Densities:
-        log_q = self.log_guide(values)
+    def log_joint(self, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """``log p(z, x_S)`` and ``log p(z)``."""
         if self.empty:
-            return Densities(log_q, log_q, log_q)
-        here, num = self._here(values)
-        assert self._draws is not None
-        draws = self._draws._replace(trace=_with_values(self._draws, here))
+            log_p = self.log_guide(values)
+            return log_p, log_p
+        draws, num = self._fixed(values)
         log_p, trace = log_joint(self.model, self.x, self.masks, draws, num)
-        shape = log_q.shape
-        return Densities(log_q, prior_of(trace, self.rows).expand(shape), log_p.expand(shape))
+        shape = (num, self.rows)
+        return log_p.expand(shape), prior_of(trace, self.rows).expand(shape)
 
-
-def _with_values(draws: Draws, values: Mapping[str, Tensor]) -> poutine.Trace:
-    trace = draws.trace.copy()
-    for name, value in values.items():
-        trace.nodes[name]["value"] = value
-    return trace
+    def densities(self, values: Mapping[str, Tensor]) -> Densities:
+        log_p, log_prior = self.log_joint(values)
+        return Densities(self.log_guide(values), log_prior, log_p)
 
 
 def find_subsets(
