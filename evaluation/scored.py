@@ -21,6 +21,7 @@ from mmzoo.vae import MultimodalVAE
 __all__ = [
     "Densities",
     "Shown",
+    "Site",
     "blocks",
     "find_subsets",
     "flatten",
@@ -51,6 +52,20 @@ class Densities(NamedTuple):
     log_guide: Tensor
     log_prior: Tensor
     log_joint: Tensor
+
+
+class Site(NamedTuple):
+    """A latent site.
+
+    Attributes:
+        value: Draws ``(K, N, *event)``.
+        guide: The distribution that they came from, batch ``(K, N)`` or broadcast to it.
+        prior: The site's distribution in the model, given the latents before it.
+    """
+
+    value: Tensor
+    guide: Any
+    prior: Any
 
 
 class Shown:
@@ -104,6 +119,15 @@ class Shown:
         found = [{"log_joint": part.log_joint(values)[0]} for part in self._parts]
         return self._join(found)["log_joint"]
 
+    def sites(self, num_draws: int) -> dict[str, Site]:
+        """Draws of the latents with the distributions they came from, in the order of the guide.
+
+        All rows must have something, or none: they need one distribution for each site.
+        """
+        if len(self._parts) > 1:
+            raise ValueError("Shown.sites: expected rows that all have something, or none at all")
+        return self._parts[0].sites(num_draws)
+
     def _join(self, found: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         if len(found) == 1:
             return dict(found[0])
@@ -125,7 +149,7 @@ class _Part:
         self.index = index.nonzero().squeeze(-1)
         whole = bool(index.all())
         self.model = pair.model
-        self.empty = not masks
+        self.empty, self.always = not masks, pair.always_given
         names = pair.always_given if self.empty else masks
         self.x = {name: x[name] if whole else x[name][index] for name in names}
         shown = {name: mask if whole else mask[index] for name, mask in masks.items()}
@@ -167,6 +191,16 @@ class _Part:
         log_p, trace = log_joint(self.model, self.x, self.masks, draws, num)
         shape = (num, self.rows)
         return log_p.expand(shape), prior_of(trace, self.rows).expand(shape)
+
+    def sites(self, num_draws: int) -> dict[str, Site]:
+        draws = self._draw(num_draws)
+        always = {name: self.x[name] for name in self.always}
+        prior = replay(self.model, always, None, draws, num_draws, num_rows=self.rows)
+        nodes, others = draws.trace.nodes, prior.trace.nodes
+        return {
+            name: Site(value, nodes[name]["fn"], others[name]["fn"])
+            for name, value in latent_values(draws).items()
+        }
 
     def densities(self, values: Mapping[str, Tensor]) -> Densities:
         log_p, log_prior = self.log_joint(values)
