@@ -307,8 +307,8 @@ def _at_home(classifier: ClassifierLike, value: Tensor) -> Tensor:
     first = next((each for each in weights if each.is_floating_point()), None)
     if first is None:
         return value
-    return value.to(first.device, first.dtype) if value.is_floating_point() else value.to(
-        first.device
+    return (
+        value.to(first.device, first.dtype) if value.is_floating_point() else value.to(first.device)
     )
 
 

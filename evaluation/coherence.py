@@ -134,7 +134,9 @@ def coherence(
                     done += 1
                     if on_progress:
                         on_progress(done, total)
-        real = [_real_hits(pair, rows, truth, labelled, n, c, batch_size) for n, c in chosen.items()]
+        real = [
+            _real_hits(pair, rows, truth, labelled, n, c, batch_size) for n, c in chosen.items()
+        ]
     return _table(subsets, list(chosen), hits, real, note).assign_attrs(
         {
             "num_draws": num_draws,
