@@ -597,7 +597,7 @@ def plot_latent_plane(
     site = _check_site(vae, site)
     found = [_latents(vae, x, observed, each, site, seed + i) for i, each in enumerate(subsets)]
     points, axis_names = _plane([z[rows] for z, rows in found], site, method, seed)
-    span = np.ptp(np.concatenate(points), axis=0)  # the panels share their axes
+    span = np.ptp(np.concatenate(points), axis=0) + 1e-12  # the panels share their axes
     columns = min(4, len(subsets))
     lines = math.ceil(len(subsets) / columns)
     with _style():
