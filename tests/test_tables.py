@@ -323,7 +323,7 @@ def test_cells_of_differences():
     assert not any("*" in cell for cell in cells["log p(image | y_1)"].values())
     lonely = paired_differences(make([[[-1.0]], [[-2.0]]]))
     assert table_cells(lonely)["q0"]["m1"] == "-1.00"
-    assert "best of each quantity" in table_note(lonely)
+    assert "best of each quantity" in table_note(lonely) and "of 1 test rows" in table_note(lonely)
 
 
 def test_markdown_has_one_cell_for_each_column():
