@@ -300,12 +300,12 @@ class _Search(NamedTuple):
         """
         zero = torch.zeros_like(best.base.loc)
         batches = (self._slopes((zero, zero), best, log_joint) for _ in range(_GRADIENTS))
-        gain = 0.0
+        gain = zero[:, 0]
         for slopes, curvature in zip(zip(*batches, strict=True), (1.0, 2.0), strict=True):
             slope = torch.stack(slopes)  # (batch, N, T)
             square = slope.mean(0).square() - slope.var(0) / _GRADIENTS
             gain = gain + square.sum(-1) / (2 * curvature)
-        return torch.as_tensor(gain).clamp(min=0)
+        return gain.clamp(min=0)
 
     def _evidence(
         self,

@@ -241,7 +241,7 @@ def _diagnose(draws: Array) -> dict[str, Array]:
         "mcse_mean": each(arviz.mcse, method="mean"),
         "mcse_sd": each(arviz.mcse, method="sd"),
         "ess_bulk": each(arviz.ess, method="bulk"),
-        "ess_tail": each(arviz.ess, method="tail"),
+        "ess_tail": each(arviz.ess, method="tail", prob=(0.05, 0.95)),
         "r_hat": each(arviz.rhat),
     }
 
@@ -330,7 +330,7 @@ def _differences(
 
     diagnostics = {name: each.values for name, each in reference["diagnostics"].data_vars.items()}
     sd, mean = diagnostics["sd"], diagnostics["mean"]
-    posterior = reference["posterior"]
+    posterior = reference["posterior"].to_dataset()
     exact = np.concatenate(
         [posterior[s].values.reshape(-1, posterior[s].shape[-1]) for s in sites], -1
     )  # (draws, T)
