@@ -2,7 +2,8 @@
 
 The folder of a model is a run of its own, and a comparison is a folder of such folders:
 
-    runs/digits/            config.toml  table.csv  table.md  report.html  figures/
+    runs/digits/            config.toml  table.csv  table.md  table.tex  differences.csv
+                            report.html  figures/
     runs/digits/mvae/       config.toml  config.json  model.safetensors  history.nc
                             evaluation.nc  table.nc
 
@@ -30,6 +31,15 @@ from mmzoo.data import DATASETS, MultimodalDataset, load, missing_completely_at_
 from mmzoo.evaluation.config import RunConfig, read_config, write_config
 from mmzoo.evaluation.datatree import save_datatree, to_datatree
 from mmzoo.evaluation.likelihood import likelihood_table
+from mmzoo.evaluation.tables import (
+    FLAGGED_SHARE,
+    paired_differences,
+    table_cells,
+    table_note,
+    to_csv,
+    to_latex,
+    to_markdown,
+)
 from mmzoo.inference import SubsetELBO, fit
 from mmzoo.modality import Modality
 from mmzoo.models import MODELS
@@ -38,7 +48,6 @@ from mmzoo.seeding import seeded
 from mmzoo.vae import MultimodalVAE
 
 if TYPE_CHECKING:
-    import pandas
     from matplotlib.figure import Figure, SubFigure
 
 __all__ = [
@@ -58,9 +67,6 @@ __all__ = [
     "write_summary",
 ]
 
-FLAGGED_SHARE = 0.1
-"""A likelihood with a larger share of rows whose Pareto k exceeds 0.7 is marked as unreliable."""
-
 OnChunk = Callable[[str, int, int], None]
 _KEPT_ROWS, _KEPT_DRAWS = 100, 100  # of evaluation.nc
 _PICTURE_ROWS, _PLANE_ROWS = 10, 1000
@@ -72,6 +78,7 @@ _MODEL_FILES = (
     "evaluation.nc",
     "table.nc",
 )
+_SUMMARY_FILES = ("table.csv", "table.md", "table.tex", "differences.csv", "report.html")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +237,7 @@ def _check_same(folder: Path, before: RunConfig, now: RunConfig) -> None:
 def _clear(folder: Path, config: RunConfig) -> None:
     """Removes what an older run left, and nothing else."""
     for each in (folder, *(folder / model for model in MODELS)):
-        for name in (*_MODEL_FILES, "config.toml", "table.csv", "table.md", "report.html"):
+        for name in (*_MODEL_FILES, "config.toml", *_SUMMARY_FILES):
             (each / name).unlink(missing_ok=True)
     if (folder / "figures").is_dir():
         shutil.rmtree(folder / "figures")
@@ -515,37 +522,12 @@ def _titles(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def table_cells(table: xr.Dataset) -> dict[str, dict[str, str]]:
-    """A table as text: column to model to cell; an unreliable mean has a mark ``!`` and the share.
-
-    Args:
-        table: Result of :func:`merge_tables`.
-    """
-    columns: dict[str, dict[str, str]] = {}
-    for quantity in map(str, table["quantity"].values):
-        cells = table.sel(quantity=quantity)
-        columns[quantity] = {
-            str(model): _cell(cells.sel(model=model)) for model in table["model"].values
-        }
-    for predicted in map(str, table["predicted"].values) if "predicted" in table.dims else ():
-        accuracy = table["accuracy"].sel(predicted=predicted)
-        columns[f"accuracy {predicted}"] = {
-            str(model): "–" if np.isnan(share) else f"{100 * float(share):.1f} %"
-            for model, share in zip(table["model"].values, accuracy.values, strict=True)
-        }
-    return columns
-
-
-def _cell(cell: xr.Dataset) -> str:
-    mean, error, share = (float(cell[key]) for key in ("mean", "standard_error", "pareto_k"))
-    if np.isnan(mean):
-        return "–"
-    text = f"{mean:.2f}" if np.isnan(error) else f"{mean:.2f} ± {error:.2f}"
-    return f"{text} !{100 * share:.0f}%" if share > FLAGGED_SHARE else text
-
-
 def write_summary(runs: Sequence[Run], folder: str | os.PathLike[str], command: str) -> xr.Dataset:
-    """Writes `table.csv`, `table.md`, the figures and `report.html` of evaluated models.
+    """Writes the tables, the figures and `report.html` of evaluated models.
+
+    The tables are `table.csv`, `table.md` and `table.tex`, and `differences.csv`, the paired
+    differences to the best model, which stand in `table.md` as well. Evaluations that an older
+    version wrote without the values of single rows have no differences.
 
     Args:
         runs: The models.
@@ -561,8 +543,7 @@ def write_summary(runs: Sequence[Run], folder: str | os.PathLike[str], command: 
     folder = Path(folder)
     table = merge_tables(runs)
     folder.mkdir(parents=True, exist_ok=True)
-    _frame(table).to_csv(folder / "table.csv", index=False)
-    (folder / "table.md").write_text(_markdown(table), encoding="utf-8")
+    _write_tables(table, folder)
     histories = dict(zip(_titles(runs), (run.history for run in runs), strict=True))
     pictures = folder / "figures"
     pictures.mkdir(exist_ok=True)
@@ -589,47 +570,25 @@ def write_summary(runs: Sequence[Run], folder: str | os.PathLike[str], command: 
     return table
 
 
+def _write_tables(table: xr.Dataset, folder: Path) -> None:
+    to_csv(table, folder / "table.csv")
+    (folder / "table.tex").write_text(to_latex(table), encoding="utf-8")
+    text = to_markdown(table)
+    (folder / "differences.csv").unlink(missing_ok=True)
+    if "log_prob" in table:
+        differences = paired_differences(table)
+        to_csv(differences, folder / "differences.csv")
+        if table.sizes["model"] > 1:
+            text += f"\n{to_markdown(differences)}"
+    (folder / "table.md").write_text(text, encoding="utf-8")
+
+
 def _lead(table: xr.Dataset, config: RunConfig) -> str:
     info = DATASETS[config.data]
     return (
         f"{info.description} Likelihoods of {table.attrs['rows']} test rows with "
         f"{table.attrs['num_samples']} importance samples each. Data: {info.source}, {info.url}"
     )
-
-
-def _frame(table: xr.Dataset) -> pandas.DataFrame:
-    """One line for each model and quantity, the accuracies below."""
-    frame = table.drop_dims("predicted", errors="ignore").to_dataframe().reset_index()
-    if "predicted" not in table.dims:
-        return frame
-    import pandas as pd
-
-    accuracy = table["accuracy"].to_dataframe().reset_index()
-    accuracy["quantity"] = "accuracy " + accuracy.pop("predicted")
-    accuracy["num_rows"] = table.attrs["rows"]
-    return pd.concat([frame, accuracy.rename(columns={"accuracy": "mean"})], ignore_index=True)
-
-
-def _markdown(table: xr.Dataset) -> str:
-    columns = table_cells(table)
-    lines = ["| model | " + " | ".join(each.replace("|", "\\|") for each in columns) + " |"]
-    lines.append("|---|" + "---:|" * len(columns))
-    for model in map(str, table["model"].values):
-        lines.append(f"| {model} | " + " | ".join(each[model] for each in columns.values()) + " |")
-    return "\n".join([*lines, "", table_note(table), ""])
-
-
-def table_note(table: xr.Dataset) -> str:
-    """What the numbers of a table are."""
-    note = (
-        f"Nats per row, mean ± standard error over {table.attrs['rows']} test rows, "
-        f"{table.attrs['num_samples']} importance samples each"
-    )
-    share = table.attrs["prior_share"]
-    note += f", {100 * share:g} % of them from the prior." if share else "."
-    if bool((table["pareto_k"] > FLAGGED_SHARE).any()):
-        note += " !n%: not reliable, Pareto k > 0.7 in n% of the rows."
-    return note
 
 
 def _pictures(

@@ -123,7 +123,7 @@ def test_listing_imports_nothing_heavy() -> None:
 
 def test_comparison_leaves_a_run_folder(compared: Path) -> None:
     files = {path.relative_to(compared).as_posix() for path in compared.rglob("*")}
-    assert {"config.toml", "table.csv", "table.md", "report.html", "figures/training.png"} <= files
+    assert {"config.toml", *runs_module._SUMMARY_FILES, "figures/training.png"} <= files
     for model in ("mvae", "mmvae"):
         assert {f"{model}/{name}" for name in (*runs_module._MODEL_FILES, "config.toml")} <= files
         assert f"figures/{model}-reconstructions.png" in files
@@ -145,6 +145,43 @@ def test_table_holds_what_was_estimated(compared: Path) -> None:
             assert f"{mean:.2f} ± " in (compared / "table.md").read_text()
         chain = [found[run.vae.title, f"log p({each})"] for each in ("label", "image | label")]
         assert sum(chain) == pytest.approx(found[run.vae.title, "log p(image, label)"], rel=1e-9)
+
+
+def test_differences_are_those_of_the_rows(compared: Path) -> None:
+    first, second = (run.table for run in read_run(compared))
+    assert first is not None and second is not None
+    assert first.sizes["row"] == 24
+    gap = (first["log_prob"].isel(model=0) - second["log_prob"].isel(model=0)).mean("row")
+    found = {
+        (row["model"], row["quantity"]): row for row in read_csv(compared / "differences.csv")
+    }
+    text = (compared / "table.md").read_text()
+    for quantity in map(str, first["quantity"].values):
+        best, other = ("MVAE", "MMVAE") if gap.sel(quantity=quantity) > 0 else ("MMVAE", "MVAE")
+        assert float(found[best, quantity]["difference"]) == 0
+        line = found[other, quantity]
+        assert line["reference"] == best and float(line["num_rows"]) == 24
+        expected = -abs(float(gap.sel(quantity=quantity)))
+        assert float(line["difference"]) == pytest.approx(expected, rel=1e-9)
+        assert f"{expected:+.2f} ± {float(line['standard_error']):.2f}" in text
+    assert text.count("| model |") == 2 and "paired standard error" in text
+    assert (compared / "table.tex").read_text().count(r" \\") == 3
+
+
+def test_evaluation_without_rows_is_still_read(compared: Path) -> None:
+    shutil.copytree(compared, "old")
+    for model in ("mvae", "mmvae"):  # as it was written before there were values of rows
+        path = Path("old", model, "table.nc")
+        with xr.open_dataset(path) as table:
+            old = table.load().drop_dims("row")
+        old.to_netcdf(path, engine="h5netcdf")
+        works("compare", "old", "--out", "summary")
+        lines = Path("summary/table.md").read_text()
+        before = (compared / "table.md").read_text()
+        assert lines.splitlines()[:4] == before.splitlines()[:4]
+        has_rows = model == "mvae"  # then the other one still has them
+        assert Path("summary/differences.csv").exists() == has_rows
+    assert "paired" not in lines and r"\textbf" not in Path("summary/table.tex").read_text()
 
 
 def test_same_command_gives_the_same_table(compared: Path) -> None:
@@ -594,7 +631,8 @@ def test_debug_shows_the_traceback() -> None:
 
 def test_accuracy_that_a_model_does_not_have_is_an_empty_cell() -> None:
     works("compare", *TINY, "--models", "cvae,mvae", "--out", "run")  # CVAE is given the label
-    rows = [line.split("|") for line in Path("run/table.md").read_text().splitlines()]
+    first = Path("run/table.md").read_text().split("Nats per row")[0]
+    rows = [line.split("|") for line in first.splitlines()]
     accuracy = {row[1].strip(): row[-2].strip() for row in rows if len(row) > 3}
     assert accuracy["CVAE"] == "–"
     assert accuracy["MVAE"].endswith(" %")
