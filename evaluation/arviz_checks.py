@@ -167,10 +167,10 @@ def conditional_loo(tree: xr.DataTree, of: str = "joint") -> xr.Dataset:
             f"of: expected one of {', '.join(map(str, scores.data_vars))}, found {of!r}"
         )
     values = scores[of]
-    kept = np.isfinite(values).all(("chain", "draw")).values
+    kept = np.isfinite(values.transpose("chain", "draw", "row").values).all((0, 1))
     elpd, k = np.full(len(kept), np.nan), np.full(len(kept), np.nan)
     if kept.any():
-        array = values.isel(row=kept).values
+        array = values.transpose("chain", "draw", "row").isel(row=kept).values
         dims = {of: ["row"]}
         data = arviz_base.from_dict({"log_likelihood": {of: array}}, dims=dims)
         az = _arviz()
