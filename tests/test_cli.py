@@ -152,9 +152,7 @@ def test_differences_are_those_of_the_rows(compared: Path) -> None:
     assert first is not None and second is not None
     assert first.sizes["row"] == 24
     gap = (first["log_prob"].isel(model=0) - second["log_prob"].isel(model=0)).mean("row")
-    found = {
-        (row["model"], row["quantity"]): row for row in read_csv(compared / "differences.csv")
-    }
+    found = {(row["model"], row["quantity"]): row for row in read_csv(compared / "differences.csv")}
     text = (compared / "table.md").read_text()
     for quantity in map(str, first["quantity"].values):
         best, other = ("MVAE", "MMVAE") if gap.sel(quantity=quantity) > 0 else ("MMVAE", "MVAE")
