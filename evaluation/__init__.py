@@ -10,11 +10,14 @@ from mmzoo.evaluation.figures import (
     training_figure,
 )
 from mmzoo.evaluation.likelihood import likelihood_table, log_likelihood, quantity_name
+from mmzoo.evaluation.pair import PyroPair, draw_latents
 from mmzoo.evaluation.pareto import WeightSummary, pareto_k
 from mmzoo.evaluation.report import write_report
 
 __all__ = [
+    "PyroPair",
     "WeightSummary",
+    "draw_latents",
     "likelihood_table",
     "load_datatree",
     "log_likelihood",

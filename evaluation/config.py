@@ -42,6 +42,7 @@ _AT_LEAST = {
     "batch_size": 1,
     "latent_dim": 1,
     "limit": 1,
+    "test_rows": 1,
     "num_samples": 1,
     "threads": 1,
     "seed": 0,
@@ -76,6 +77,7 @@ class RunConfig:
         binarize: Pixels drawn ``"fixed"`` or anew for each ``"epoch"``; ``"none"``: grey values.
         missing: Modality to the fraction of training rows that lack it, completely at random.
         limit: Only the first so many training and test rows; None: all.
+        test_rows: Only the first so many test rows; None: all.
         options: Model to its options, those of its constructor and of its objective.
         num_samples: Importance samples of each row and likelihood.
         prior_share: Share of them that the prior gives, see
@@ -100,6 +102,7 @@ class RunConfig:
     binarize: str = "epoch"
     missing: Mapping[str, float] = dataclasses.field(default_factory=dict)
     limit: int | None = None
+    test_rows: int | None = None
     options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     num_samples: int = 1000
     prior_share: float = 0.2
@@ -278,7 +281,7 @@ def _text(value: str) -> str:
 
 
 def _check_type(name: str, value: Any, types: tuple[type, ...]) -> None:
-    optional = value is None and name in ("root", "limit", "threads")
+    optional = value is None and name in ("root", "limit", "test_rows", "threads")
     if optional or (isinstance(value, types) and not isinstance(value, bool)):
         return
     expected = " or ".join(each.__name__ for each in types)

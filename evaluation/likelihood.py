@@ -27,19 +27,17 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import pyro
 import torch
 import xarray as xr
 from torch import Tensor
 
 from mmzoo.batch import modality_names
+from mmzoo.evaluation.pair import Pair, device_of, quiet
 from mmzoo.evaluation.pareto import WeightSummary
 from mmzoo.inference.draws import draw, log_joint, log_prior, log_proposal, replay
-from mmzoo.seeding import seeded
 from mmzoo.vae import MultimodalVAE
 
 __all__ = ["likelihood_table", "log_likelihood", "quantity_name"]
@@ -53,7 +51,7 @@ Arrays = dict[str, np.ndarray]
 
 
 def log_likelihood(
-    vae: MultimodalVAE,
+    vae: Pair,
     x: Mapping[str, Tensor],
     observed: Mapping[str, Tensor] | None = None,
     *,
@@ -70,7 +68,7 @@ def log_likelihood(
     """``log p(x_A | x_B)`` of every row by importance sampling.
 
     Args:
-        vae: The model.
+        vae: The model, or a pair of your own (:class:`mmzoo.evaluation.PyroPair`).
         x: Name to values ``(N, *event_shape)``.
         observed: Name to bool mask ``(N,)``.
         of: The names in A, what is scored.
@@ -144,7 +142,7 @@ def log_likelihood(
 
 
 def likelihood_table(
-    models: Mapping[str, MultimodalVAE],
+    models: Mapping[str, Pair],
     x: Mapping[str, Tensor],
     observed: Mapping[str, Tensor] | None = None,
     *,
@@ -244,7 +242,7 @@ class _Sampler:
 
     def __init__(
         self,
-        vae: MultimodalVAE,
+        vae: Pair,
         x: Mapping[str, Tensor],
         observed: Mapping[str, Tensor] | None,
         num_samples: int,
@@ -270,7 +268,7 @@ class _Sampler:
             else self._mask(batch.observed.get(name))
             for name in vae.modalities
         }
-        self.device: torch.device = vae.generative.prior_loc.device
+        self.device = device_of(vae)
         self.num_samples = num_samples
         self.from_prior = min(round(prior_share * num_samples), num_samples - 1)
         self.chunk_size = chunk_size or _CHUNK.get(self.device.type, _CHUNK["cpu"])
@@ -300,7 +298,7 @@ class _Sampler:
         rows = torch.as_tensor(self.has(scored)).nonzero().squeeze(-1)
         sees = scored if sees is None else sees
         per_block = max(1, min(_ROWS, self.chunk_size)) if self.device.type == "cpu" else 1024
-        with _quiet(self.vae), seeded(seed):
+        with quiet(self.vae, seed):
             for start in range(0, len(rows), per_block):
                 index = rows[start : start + per_block]
                 block = self._block(index, scored, sees)
@@ -326,7 +324,7 @@ class _Sampler:
         given, seen = self._select(index, sees)
         num_rows = len(index)
         kwargs: dict[str, Any] = {} if given else {"num_rows": num_rows}
-        if self.guide is None and given:
+        if self.guide is None and given and isinstance(self.vae, MultimodalVAE):
             kwargs["experts"] = self.vae.encode(given, seen)
         guide = self.vae.guide if self.guide is None else self.guide
         from_guide = self.num_samples - self.from_prior
@@ -380,20 +378,7 @@ class _Sampler:
         return torch.logaddexp(log_q + math.log1p(-share), log_p + math.log(share))
 
 
-@contextmanager
-def _quiet(vae: MultimodalVAE) -> Any:
-    """Evaluation mode, no gradients, no parameter store, no checks that were done before."""
-    modes = [(module, module.training) for module in vae.modules()]
-    vae.eval()
-    try:
-        with torch.no_grad(), vae.unregistered(), pyro.validation_enabled(False):
-            yield
-    finally:
-        for module, training in modes:  # one by one: a frozen part stays in evaluation mode
-            module.training = training
-
-
-def _names(vae: MultimodalVAE, names: str | Sequence[str], what: str) -> list[str]:
+def _names(vae: Pair, names: str | Sequence[str], what: str) -> list[str]:
     return modality_names(vae.modalities, names, f"log_likelihood {what}")
 
 

@@ -109,6 +109,8 @@ def load_data(config: RunConfig) -> tuple[MultimodalDataset, MultimodalDataset]:
     train, test = load(config.data, config.root, binarize=binarize, seed=config.seed)
     if config.limit is not None:
         train, test = (rows.subset(range(min(len(rows), config.limit))) for rows in (train, test))
+    if config.test_rows is not None:
+        test = test.subset(range(min(len(test), config.test_rows)))
     if config.missing:
         masks = missing_completely_at_random(train, config.missing, seed=config.seed)
         train = train.with_observed(masks)

@@ -123,6 +123,9 @@ _Missing = Annotated[
     typer.Option("--missing", help="label=0.5: half of the training rows lack their label."),
 ]
 _Limit = Annotated[int | None, typer.Option("--limit", help="Only the first so many rows.")]
+_TestRows = Annotated[
+    int | None, typer.Option("--test-rows", help="Only the first so many test rows.")
+]
 _Option = Annotated[
     list[str] | None,
     typer.Option("--option", help="beta=2 of train; mvae.beta=2 of compare."),
@@ -257,6 +260,7 @@ def train(
     seed: _Seed = None,
     missing: _Missing = None,
     limit: _Limit = None,
+    test_rows: _TestRows = None,
     option: _Option = None,
     num_samples: _Samples = None,
     prior_share: _PriorShare = None,
@@ -338,6 +342,7 @@ def compare(
     seed: _Seed = None,
     missing: _Missing = None,
     limit: _Limit = None,
+    test_rows: _TestRows = None,
     option: _Option = None,
     num_samples: _Samples = None,
     prior_share: _PriorShare = None,
@@ -384,7 +389,7 @@ def report(
 def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a command that are fields of a configuration."""
     sizes = ("epochs", "batch_size", "learning_rate", "latent_dim", "network", "binarize", "seed")
-    plain = (*sizes, "limit", "num_samples", "prior_share", "device", "threads")
+    plain = (*sizes, "limit", "test_rows", "num_samples", "prior_share", "device", "threads")
     given = {name: arguments[name] for name in plain}
     root = arguments["root"]
     given["root"] = None if root is None else str(root)

@@ -403,6 +403,11 @@ def test_missing_rows_are_simulated_in_training_rows_only() -> None:
     assert bool(torch.stack(list(train.observed.values())).any(0).all())
 
 
+def test_fewer_test_rows_leave_the_training_rows_alone() -> None:
+    train, test = load_data(RunConfig.make("digits", limit=100, test_rows=7))
+    assert (len(train), len(test)) == (100, 7)
+
+
 def test_accuracy_of_a_constant_prediction() -> None:
     """A decoder that always says three is right as often as there are threes."""
     config = RunConfig.make("digits", limit=50, hidden=(4,), latent_dim=2)
@@ -456,6 +461,7 @@ BAD = {
     "batch size": ([*TRAIN, "--batch-size", "0"], "batch_size: expected at least 1, found 0"),
     "latent dim": ([*TRAIN, "--latent-dim", "0"], "latent_dim: expected at least 1, found 0"),
     "limit": ([*TRAIN, "--limit", "0"], "limit: expected at least 1, found 0"),
+    "test rows": ([*TRAIN, "--test-rows", "0"], "test_rows: expected at least 1, found 0"),
     "seed": ([*TRAIN, "--seed", "-1"], "seed: expected at least 0, found -1"),
     "threads": ([*TRAIN, "--threads", "0"], "threads: expected at least 1, found 0"),
     "samples": ([*TRAIN, "--num-samples", "0"], "num_samples: expected at least 1, found 0"),
