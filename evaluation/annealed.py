@@ -69,6 +69,7 @@ _SCHEDULES = ("sigmoid", "linear")
 _CHAINS = {"cpu": 2048, "cuda": 1 << 15}  # chains of all rows that move at a time
 _PILOT_CHAINS = 4
 _WARM_UP = 10  # transitions of the pilot run at its first temperature
+_WIDTHS = 100  # that are kept for each row and latent, whatever the number of temperatures
 _RATE = 0.2  # with which the pilot run learns
 _ACCEPTANCE = 0.65
 _JITTER = 0.2  # of the step size, against orbits that close
@@ -397,11 +398,11 @@ class _State(NamedTuple):
     """Where the chains are: C of them for each of N rows.
 
     Attributes:
-        position: ``(C, N, T)``, all latents of a row side by side, none of them bounded.
+        position: ``(C, N, D)``, all latents of a row side by side, none of them bounded.
         log_q: ``log q0`` there, ``(C, N)``.
         log_p: ``log p(x, z)`` there, ``(C, N)``.
-        grad_q: Gradient of the first, ``(C, N, T)``.
-        grad_p: Gradient of the second, ``(C, N, T)``.
+        grad_q: Gradient of the first, ``(C, N, D)``.
+        grad_p: Gradient of the second, ``(C, N, D)``.
     """
 
     position: Tensor
@@ -415,7 +416,7 @@ class _State(NamedTuple):
         return torch.lerp(self.log_q, self.log_p, beta)
 
     def gradient(self, beta: float) -> Tensor:
-        """Its gradient, ``(C, N, T)``."""
+        """Its gradient, ``(C, N, D)``."""
         return torch.lerp(self.grad_q, self.grad_p, beta)
 
     def where(self, mask: Tensor, other: _State) -> _State:
@@ -480,7 +481,7 @@ class _Path:
         return draw(self.pair.model, always, None, num, stratified=False, num_rows=rows)
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Latents ``(C, N, *event)`` side by side on a scale without bounds, ``(C, N, T)``."""
+        """Latents ``(C, N, *event)`` side by side on a scale without bounds, ``(C, N, D)``."""
         parts = []
         for name, transform in self.transforms.items():
             value = values[name] if transform is None else transform.inv(values[name])
@@ -488,7 +489,7 @@ class _Path:
         return torch.cat(parts, -1)
 
     def at(self, position: Tensor) -> _State:
-        """Densities and gradients at ``(C, N, T)``: every decoder runs once, there and back."""
+        """Densities and gradients at ``(C, N, D)``: every decoder runs once, there and back."""
         with torch.enable_grad():
             position = position.detach().requires_grad_()
             values, log_volume = self._unpack(position)
@@ -588,14 +589,14 @@ def _move(path: _Path, state: _State, beta: float, step: Tensor) -> tuple[_State
         path: The path.
         state: Where the chains are.
         beta: The temperature.
-        step: Size of a step in every direction, ``(N, T)``.
+        step: Size of a step in every direction, ``(N, D)``.
 
     Returns:
         Where they are now, and the probability of acceptance, ``(C, N)``.
     """
     momentum = torch.randn_like(state.position)
     spread = torch.rand_like(state.log_p).unsqueeze(-1)
-    step = step * (1 + _JITTER * (2 * spread - 1))  # (C, N, T)
+    step = step * (1 + _JITTER * (2 * spread - 1))  # (C, N, D)
     before = state.log_density(beta) - _kinetic(momentum)
     new, half = state, 0.5 * step
     for _ in range(path.settings.leapfrog_steps):
@@ -617,8 +618,25 @@ def _accepted(log_ratio: Tensor) -> Tensor:
     return torch.rand_like(log_ratio).log() < log_ratio
 
 
-def _tune(path: _Path, tell: _Teller) -> list[Tensor]:
-    """Step sizes ``(N, T)`` of the transitions, from chains that are then thrown away.
+class _Step(NamedTuple):
+    """Of the leapfrog, in every direction.
+
+    Attributes:
+        size: ``(N, 1)``.
+        width: ``(N, D)``, what it is a multiple of.
+    """
+
+    size: Tensor
+    width: Tensor
+
+    @property
+    def vector(self) -> Tensor:
+        """``(N, D)``."""
+        return self.size * self.width
+
+
+def _tune(path: _Path, tell: _Teller) -> list[_Step]:
+    """Steps of the transitions, from chains that are then thrown away.
 
     The width of a latent is the reciprocal root of its mean squared gradient, which for a Gaussian
     is its standard deviation given the other latents.
@@ -627,24 +645,26 @@ def _tune(path: _Path, tell: _Teller) -> list[Tensor]:
     inner = path.betas[1:-1]
     position = path.pack(latent_values(path.template))
     if settings.step_size is not None:
-        return [torch.full_like(position[0], settings.step_size)] * len(inner)
+        width = torch.ones_like(position[0])
+        return [_Step(torch.full_like(width[:, :1], settings.step_size), width)] * len(inner)
     state = path.at(position)
-    log_size = torch.full_like(state.log_p[0], -0.25 * math.log(position.shape[-1]))  # (N,)
-    precision = state.gradient(0.0).square().mean(0)  # (N, T)
-    steps = []
+    log_size = torch.full_like(position[0, :, :1], -0.25 * math.log(position.shape[-1]))
+    precision = state.gradient(0.0).square().mean(0)  # (N, D)
+    every = math.ceil(len(inner) / _WIDTHS)
+    steps: list[_Step] = []
     for t, beta in enumerate(inner):
         for _ in range(1 if t else _WARM_UP):
             now = state.gradient(beta).square().mean(0).nan_to_num(posinf=1e12)
             precision = precision.lerp(now, _RATE).clamp(1e-12, 1e12)
-            step = log_size.exp().unsqueeze(-1) * precision.rsqrt()
-            state, accept = _move(path, state, beta, step)
-            log_size = log_size + _RATE * (accept.mean(0) - _ACCEPTANCE)
+            step = _Step(log_size.exp(), steps[-1].width if t % every else precision.rsqrt())
+            state, accept = _move(path, state, beta, step.vector)
+            log_size = log_size + _RATE * (accept.mean(0).unsqueeze(-1) - _ACCEPTANCE)
             tell()
         steps.append(step)
     return steps
 
 
-def _anneal(path: _Path, steps: Sequence[Tensor], tell: _Teller) -> dict[str, Tensor]:
+def _anneal(path: _Path, steps: Sequence[_Step], tell: _Teller) -> dict[str, Tensor]:
     """Chains from the start to the posterior, and what their weights say of every row."""
     num = path.settings.num_chains
     draws = path.draw(num, stratified=path.settings.start == "posterior")
@@ -654,7 +674,7 @@ def _anneal(path: _Path, steps: Sequence[Tensor], tell: _Teller) -> dict[str, Te
     for t, last, beta in _increments(path):
         log_w += (beta - last) * (state.log_p - state.log_q).double()
         if t < len(steps):  # what comes after the last increment has no weight
-            state, accept = _move(path, state, beta, steps[t])
+            state, accept = _move(path, state, beta, steps[t].vector)
             acceptance += accept.mean(0) / len(steps)
             tell()
     strata = 1 if draws.mixture is None else draws.mixture.log_weights.shape[-1]
@@ -664,13 +684,13 @@ def _anneal(path: _Path, steps: Sequence[Tensor], tell: _Teller) -> dict[str, Te
 
 
 def _return(
-    path: _Path, steps: Sequence[Tensor], values: Mapping[str, Tensor], tell: _Teller
+    path: _Path, steps: Sequence[_Step], values: Mapping[str, Tensor], tell: _Teller
 ) -> tuple[Tensor, Tensor]:
     """Chains from exact draws of the posterior back to the start.
 
     Args:
         path: The path.
-        steps: Step sizes of its transitions, in the order of the way there.
+        steps: Steps of its transitions, in the order of the way there.
         values: A draw of the latents for every row, ``(N, *event)``.
         tell: Of the progress.
 
@@ -684,7 +704,7 @@ def _return(
     acceptance = torch.zeros_like(log_w[0])
     for t, last, beta in reversed(list(_increments(path))):
         if t < len(steps):  # each transition is its own reversal
-            state, accept = _move(path, state, beta, steps[t])
+            state, accept = _move(path, state, beta, steps[t].vector)
             acceptance += accept.mean(0) / len(steps)
             tell()
         log_w += (beta - last) * (state.log_p - state.log_q).double()
@@ -697,7 +717,7 @@ def _increments(path: _Path) -> Iterator[tuple[int, float, float]]:
         yield t, last, beta
 
 
-def _mean_acceptance(total: Tensor, steps: Sequence[Tensor]) -> Tensor:
+def _mean_acceptance(total: Tensor, steps: Sequence[_Step]) -> Tensor:
     return total if steps else torch.full_like(total, math.nan)
 
 
