@@ -42,9 +42,11 @@ _AT_LEAST = {
     "batch_size": 1,
     "latent_dim": 1,
     "limit": 1,
+    "test_rows": 1,
     "num_samples": 1,
     "threads": 1,
     "seed": 0,
+    "data_seed": 0,
 }
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -76,11 +78,14 @@ class RunConfig:
         binarize: Pixels drawn ``"fixed"`` or anew for each ``"epoch"``; ``"none"``: grey values.
         missing: Modality to the fraction of training rows that lack it, completely at random.
         limit: Only the first so many training and test rows; None: all.
+        test_rows: Only the first so many test rows; None: all.
         options: Model to its options, those of its constructor and of its objective.
         num_samples: Importance samples of each row and likelihood.
         prior_share: Share of them that the prior gives, see
             :func:`mmzoo.evaluation.log_likelihood`.
         seed: Of everything that is random.
+        data_seed: Of the data alone: how they are split, binarised, made missing; None: `seed`.
+            Runs that share it differ in their training only and have the same test rows.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         threads: Of the processor; None: torch's choice.
 
@@ -100,10 +105,12 @@ class RunConfig:
     binarize: str = "epoch"
     missing: Mapping[str, float] = dataclasses.field(default_factory=dict)
     limit: int | None = None
+    test_rows: int | None = None
     options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
     num_samples: int = 1000
     prior_share: float = 0.2
     seed: int = 0
+    data_seed: int | None = None
     device: str = "auto"
     threads: int | None = None
 
@@ -278,7 +285,7 @@ def _text(value: str) -> str:
 
 
 def _check_type(name: str, value: Any, types: tuple[type, ...]) -> None:
-    optional = value is None and name in ("root", "limit", "threads")
+    optional = value is None and name in ("root", "limit", "test_rows", "data_seed", "threads")
     if optional or (isinstance(value, types) and not isinstance(value, bool)):
         return
     expected = " or ".join(each.__name__ for each in types)

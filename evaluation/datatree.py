@@ -1,18 +1,30 @@
-"""Export to ArviZ: latents, likelihoods and predictions of a model as an `xarray.DataTree`.
+"""Export to ArviZ: latents, likelihoods and predictions of a pair as an `xarray.DataTree`.
 
 | group | variables | dimensions after chain, draw |
 |---|---|---|
 | posterior | every latent site, such as `z`, given each subset | subset, row, latent |
 | posterior_predictive | every modality, given all that a row has | row, ... |
-| log_likelihood | log p(x_m given z), z given all that the row has | row |
+| subset_predictive | every modality, given each subset; if asked for | subset, row, ... |
+| log_likelihood | log p(x_m given z) and `joint`, their sum; z given all that the row has | row |
 | sample_stats | `lp`, log p(x, z); `log_weight`, log p(x, z) - log q(z given x) | row |
 | prior, prior_predictive | latents; modalities | ... |
 | observed_data | every modality, NaN where it is missing | row, ... |
-| constant_data | `<name>_observed`, `subset_observed`; log p(x), its diagnostics | row |
+| constant_data | see below | row |
+
+`constant_data` has the masks as `<name>_observed` over row and `observed` over (row, modality);
+`subset_observed` over (subset, row), whether a row has something of the subset; `member` over
+(subset, modality); log p(x) by importance sampling with its diagnostics; and, for resampled draws,
+`posterior_pareto_k` and `posterior_ess` over (subset, row).
+
+The posterior holds raw draws of the guide or, with `resampled=True`, draws that are resampled from
+many more with importance weights: they stand for the exact posterior of the model as long as Pareto
+k stays below 0.7. Their `log_weight` is then spent: it tells where they came from.
 
 Draws are independent, so one chain holds them all; the subset that holds every modality comes
 first. ArviZ 1.x takes the tree as it is, ArviZ 0.23 by `arviz.from_datatree(tree)`; a subset is
-picked by its name, `coords={"subset": "image+label", "row": 0}`.
+picked by its name, `coords={"subset": "image+label", "row": 0}`. The `log_likelihood` is given the
+latents of the very row, so that ArviZ's `loo` and `waic` of it are not to be trusted: see
+:mod:`mmzoo.evaluation.arviz_checks`.
 
 `ArviZ a unified library for exploratory analysis of Bayesian models (Kumar et al., 2019)`,
 https://doi.org/10.21105/joss.01143, and its schema,
@@ -25,52 +37,60 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import pyro
 import torch
 import xarray as xr
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from mmzoo.vae import MultimodalVAE
+from mmzoo.evaluation.pair import Pair, PyroPair, device_of, quiet, row_masks, subset_name
+from mmzoo.evaluation.row_draws import draw_rows, predict_rows
 
 __all__ = ["load_datatree", "save_datatree", "to_datatree"]
 
 _ESTIMATES = ("log_prob", "mcse", "ess", "pareto_k")
-_TAKEN = ("chain", "draw", "subset", "row", "row_label", "latent", "lp", "log_weight", *_ESTIMATES)
+_DIAGNOSTICS = ("posterior_pareto_k", "posterior_ess")
+_TAKEN = (
+    *("chain", "draw", "subset", "row", "row_label", "latent", "modality", "lp", "log_weight"),
+    *("joint", "observed", "member", *_ESTIMATES, *_DIAGNOSTICS),
+)
 # Up to here every subset is drawn by default: 2^3 - 1 = 7 of them.
 _MAX_ALL_SUBSETS = 3
+_OVER_SUBSETS = ("posterior", "subset_predictive")
 
 Labels = Sequence[Any] | np.ndarray | Tensor
 Groups = dict[str, dict[str, list[np.ndarray]]]
+_Arrays = dict[str, dict[str, Tensor]]
 
 
 def to_datatree(
-    vae: MultimodalVAE,
+    pair: Pair,
     x: Mapping[str, Tensor],
     observed: Mapping[str, Tensor] | None = None,
     *,
     labels: Labels | Mapping[str, Labels] | None = None,
     given: Sequence[Sequence[str]] | None = None,
     num_draws: int = 100,
+    resampled: bool = False,
+    num_proposals: int = 2000,
+    subset_predictive: bool = False,
     guide: Callable[..., Any] | None = None,
     num_samples: int = 1000,
     prior_share: float = 0.0,
     batch_size: int = 64,
     seed: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> xr.DataTree:
-    """Draw latents and predictions of a model and label them for ArviZ.
+    """Draw latents and predictions of a pair and label them for ArviZ.
 
     Args:
-        vae: The model; it is used in evaluation mode, and left as it was.
+        pair: The pair; it is used in evaluation mode, and left as it was.
         x: Name to values `(N, *event_shape)`.
         observed: Name to bool mask `(N,)`.
         labels: One value for each row, kept as the coordinate `row_label`; or several such
@@ -79,11 +99,16 @@ def to_datatree(
             default every non-empty subset, or each modality alone if there are more than three.
             A row is given what it has of a subset; if it has nothing, its latents are the prior's.
         num_draws: Draws of the latents for each subset and row.
-        guide: A guide over the same sites in place of `vae.guide`.
+        resampled: Whether the draws are resampled with importance weights, in place of raw draws
+            of the guide.
+        num_proposals: Draws of the guide for each subset and row from which they are resampled.
+        subset_predictive: Whether to predict every modality from each subset, too.
+        guide: A guide over the same sites in place of the pair's own.
         num_samples: Importance samples of the estimates of log p(x) in `constant_data`; 0 for none.
         prior_share: As in :func:`mmzoo.evaluation.log_likelihood`.
         batch_size: Rows that are drawn at a time.
         seed: Seed of the draws; the global random state is left as it was.
+        on_progress: Called with the rows done and the rows in all.
 
     Returns:
         The tree described at the top of this module.
@@ -91,25 +116,30 @@ def to_datatree(
     Raises:
         ValueError: For an unknown name, or sizes that do not fit.
     """
-    subsets = _subsets(vae, given)
-    x, observed, rows = _rows(vae, x, observed)
+    subsets = _subsets(pair, given)
+    x, observed, rows = row_masks(pair, x, observed)
     if not isinstance(labels, Mapping):
         labels = {} if labels is None else {"label": labels}
-    _check_sizes(vae, rows, labels, num_draws, batch_size)
-    with _evaluating(vae, seed):
-        groups = _collect(vae, x, observed, subsets, num_draws, guide or vae.guide, batch_size)
-        prior = _draw_prior(vae, num_draws)
-        constant = _masks(vae, observed, subsets)
-        if num_samples:
-            constant |= _estimates(vae, x, observed, guide, num_samples, prior_share, seed)
+    proposals = num_proposals if resampled else 0
+    _check_sizes(pair, rows, labels, num_draws, proposals, batch_size)
+    drawing = _Drawing(pair, subsets, num_draws, proposals, guide, subset_predictive)
+    with quiet(pair, seed):
+        groups = _collect(drawing, x, observed, batch_size, on_progress)
+        prior = _draw_prior(pair, num_draws)
+    constant = _masks(pair, observed, subsets)
+    if num_samples:
+        constant |= _estimates(pair, x, observed, guide, num_samples, prior_share, seed)
     arrays = {
         group: {name: _join(group, parts) for name, parts in variables.items()}
         for group, variables in groups.items()
+        if variables
     }
+    constant |= arrays.pop("constant_data", {})
     arrays["observed_data"] = _observed_data(x, constant)
     arrays["constant_data"] = constant
-    tree = _label(vae, arrays, prior, subsets, labels)
-    tree.attrs |= _attributes(vae, subsets, num_draws, num_samples, prior_share, seed)
+    tree = _label(pair, arrays, prior, subsets, labels)
+    tree.attrs |= _attributes(pair, subsets, num_draws, num_samples, prior_share, seed)
+    tree.attrs |= {"posterior": "importance" if resampled else "guide", "num_proposals": proposals}
     return tree
 
 
@@ -139,14 +169,13 @@ def load_datatree(path: str | os.PathLike[str]) -> xr.DataTree:
         ) from error
 
 
-def _subsets(
-    vae: MultimodalVAE, given: Sequence[Sequence[str]] | None
-) -> dict[str, tuple[str, ...]]:
+def _subsets(pair: Pair, given: Sequence[Sequence[str]] | None) -> dict[str, tuple[str, ...]]:
     """Name of each subset, such as "image+label", to its members; all modalities first."""
-    names = tuple(vae.modalities)
+    names = tuple(pair.modalities)
     if given is None:
         sizes = range(1, len(names)) if len(names) <= _MAX_ALL_SUBSETS else [1]
         given = [subset for size in sizes for subset in itertools.combinations(names, size)]
+        given = [subset for subset in given if _answers(pair, subset)]
     chosen = [names]
     for subset in given:
         subset = (subset,) if isinstance(subset, str) else tuple(subset)
@@ -159,31 +188,31 @@ def _subsets(
             )
         chosen.append(tuple(name for name in names if name in subset))
     # A model that is conditional answers for no subset without its condition.
-    needed = set(vae.always_given)
-    return {"+".join(subset): subset for subset in chosen if needed <= set(subset)}
+    needed = set(pair.always_given)
+    return {subset_name(subset): subset for subset in chosen if needed <= set(subset)}
 
 
-def _rows(
-    vae: MultimodalVAE, x: Mapping[str, Tensor], observed: Mapping[str, Tensor] | None
-) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
-    """The checked values, a mask `(N,)` for each modality of the model, and N."""
-    batch = vae.check(x, observed)
-    rows = batch.shape[-1]
-    blank = torch.ones(rows, dtype=torch.bool, device=batch.device)
-    masks = {}
-    for name in vae.modalities:
-        mask = batch.observed.get(name)
-        masks[name] = blank & batch.has(name) if mask is None else mask.expand(rows)
-    return {name: value for name, value in batch.x.items() if value is not None}, masks, rows
+def _answers(pair: Pair, subset: Sequence[str]) -> bool:
+    return not isinstance(pair, PyroPair) or pair.unsupported(subset) is None
 
 
 def _check_sizes(
-    vae: MultimodalVAE, rows: int, labels: Mapping[str, Labels], num_draws: int, batch_size: int
+    pair: Pair,
+    rows: int,
+    labels: Mapping[str, Labels],
+    num_draws: int,
+    num_proposals: int,
+    batch_size: int,
 ) -> None:
     for name, size in (("num_draws", num_draws), ("batch_size", batch_size)):
         if size < 1:
             raise ValueError(f"{name}: expected at least 1, found {size}")
-    taken = [name for name in vae.modalities if name in _TAKEN]
+    if 0 < num_proposals < num_draws:
+        raise ValueError(
+            f"num_proposals: expected at least num_draws={num_draws}, found {num_proposals}; "
+            "resampled draws are taken from many more"
+        )
+    taken = [name for name in pair.modalities if name in _TAKEN]
     if taken:
         raise ValueError(
             f"modality {taken[0]!r}: expected a name other than {', '.join(_TAKEN)}, which the "
@@ -197,136 +226,111 @@ def _check_sizes(
             )
 
 
-@contextmanager
-def _evaluating(vae: MultimodalVAE, seed: int) -> Iterator[None]:
-    """Evaluation mode, no gradients, seeded draws; leaves modes, stores and generators alone."""
-    modes = {module: module.training for module in vae.modules()}
-    devices = {parameter.device for parameter in vae.parameters() if parameter.is_cuda}
-    with torch.random.fork_rng(devices), torch.no_grad(), vae.unregistered():
-        torch.manual_seed(seed)
-        vae.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+class _Drawing(NamedTuple):
+    """What is drawn."""
+
+    pair: Pair
+    subsets: Mapping[str, tuple[str, ...]]
+    num_draws: int
+    num_proposals: int
+    guide: Callable[..., Any] | None
+    subset_predictive: bool
+
+    def rows(self, x: dict[str, Tensor], observed: dict[str, Tensor]) -> _Arrays:
+        """Some rows of every group: arrays (draw, [subset,] row, ...)."""
+        found = {}
+        for name, subset in self.subsets.items():
+            shown = {each: mask & (each in subset) for each, mask in observed.items()}
+            found[name] = draw_rows(
+                self.pair,
+                x,
+                shown,
+                self.num_draws,
+                guide=self.guide,
+                num_proposals=self.num_proposals,
+            )
+        whole = next(iter(found.values()))
+        num_rows = whole.lp.shape[-1]
+        groups = {
+            "posterior": _stack([each.latents for each in found.values()]),
+            "posterior_predictive": predict_rows(self.pair, x, whole.latents, num_rows),
+            "log_likelihood": whole.log_likelihood,
+            "sample_stats": {"lp": whole.lp, "log_weight": whole.log_weight},
+        }
+        if self.num_proposals:
+            summaries = [(each.pareto_k, each.ess) for each in found.values()]
+            named = [dict(zip(_DIAGNOSTICS, pair, strict=True)) for pair in summaries]
+            groups["constant_data"] = _stack(named, 0)
+        if self.subset_predictive:
+            groups["subset_predictive"] = _stack(
+                [predict_rows(self.pair, x, each.latents, num_rows) for each in found.values()]
+            )
+        return groups
+
+
+def _stack(parts: Sequence[Mapping[str, Tensor]], axis: int = 1) -> dict[str, Tensor]:
+    return {name: torch.stack([part[name] for part in parts], axis) for name in parts[0]}
 
 
 def _collect(
-    vae: MultimodalVAE,
+    drawing: _Drawing,
     x: Mapping[str, Tensor],
     observed: Mapping[str, Tensor],
-    subsets: Mapping[str, tuple[str, ...]],
-    num_draws: int,
-    guide: Callable[..., Any],
     batch_size: int,
+    on_progress: Callable[[int, int], None] | None,
 ) -> Groups:
-    """Batches over rows of everything that has draws and rows; arrays (draw, row, ...)."""
-    names = ("posterior", "posterior_predictive", "log_likelihood", "sample_stats")
-    groups: Groups = {name: {} for name in names}
-    for start in range(0, len(next(iter(x.values()))), batch_size):
+    """Batches over rows of everything that has draws and rows."""
+    groups: Groups = {}
+    device, total = device_of(drawing.pair), len(next(iter(x.values())))
+    for start in range(0, total, batch_size):
         part = slice(start, start + batch_size)
-        values = {name: value[part] for name, value in x.items()}
-        masks = {name: observed[name][part] for name in x}
-        batch = _draw_rows(vae, values, masks, list(subsets.values()), num_draws, guide)
-        for group, variables in batch.items():
+        values = {name: value[part].to(device) for name, value in x.items()}
+        masks = {name: observed[name][part].to(device) for name in x}
+        for group, variables in drawing.rows(values, masks).items():
             for name, value in variables.items():
-                groups[group].setdefault(name, []).append(value.cpu().numpy())
+                parts = groups.setdefault(group, {}).setdefault(name, [])
+                parts.append(value.cpu().numpy())
+        if on_progress:
+            on_progress(min(start + batch_size, total), total)
     return groups
 
 
-def _draw_rows(
-    vae: MultimodalVAE,
-    x: dict[str, Tensor],
-    observed: dict[str, Tensor],
-    subsets: Sequence[tuple[str, ...]],
-    num_draws: int,
-    guide: Callable[..., Any],
-) -> dict[str, dict[str, Tensor]]:
-    draws = pyro.plate("draws", num_draws, dim=-2)
-    rows = len(next(iter(x.values())))
-    posteriors = []
-    for subset in subsets:
-        traced = poutine.trace(draws(guide)).get_trace(x, _show(observed, subset))
-        posteriors.append(_latents(traced))
-        if len(posteriors) == 1:
-            everything = traced
-    scored = poutine.trace(poutine.replay(draws(vae.model), everything)).get_trace(x, observed)
-    unseen = {**dict.fromkeys(vae.modalities), **{name: x[name] for name in vae.always_given}}
-    model = poutine.replay(draws(vae.model), everything)
-    predicted = poutine.trace(model).get_trace(unseen, num_rows=rows)
-    return {
-        "posterior": {
-            site: torch.stack([each[site] for each in posteriors], 1) for site in posteriors[0]
-        },
-        "posterior_predictive": {
-            name: predicted.nodes[name]["value"] for name, value in unseen.items() if value is None
-        },
-        **_scores(scored, everything, x, observed),
-    }
-
-
-def _show(observed: Mapping[str, Tensor], subset: Sequence[str]) -> dict[str, Tensor]:
-    """Masks that show a guide a subset only."""
-    return {name: mask & (name in subset) for name, mask in observed.items()}
-
-
-def _latents(trace: poutine.Trace) -> dict[str, Tensor]:
-    """Draws of every latent site; plates are sites, too, but no latents."""
-    nodes = ((name, trace.nodes[name]) for name in trace.stochastic_nodes)
-    return {name: node["value"] for name, node in nodes if not site_is_subsample(node)}
-
-
-def _scores(
-    model: poutine.Trace,
-    guide: poutine.Trace,
-    x: Mapping[str, Tensor],
-    observed: Mapping[str, Tensor],
-) -> dict[str, dict[str, Tensor]]:
-    """Log-likelihoods, joint density and weight of each draw and row, (draw, row)."""
-    model.compute_log_prob()
-    guide.compute_log_prob()
-    sites = [*model.observation_nodes, *_latents(guide)]
-    lp = sum(model.nodes[name]["log_prob"] for name in sites)
-    log_q = sum(guide.nodes[name]["log_prob"] for name in _latents(guide))
-    likelihoods = {}
-    for name in model.observation_nodes:
-        value = model.nodes[name]["log_prob"]
-        likelihoods[name] = value.where(observed[name], torch.nan)
-    return {
-        "log_likelihood": likelihoods,
-        "sample_stats": {"lp": lp, "log_weight": lp - log_q},
-    }
-
-
-def _draw_prior(vae: MultimodalVAE, num_draws: int) -> dict[str, dict[str, np.ndarray]]:
+def _draw_prior(pair: Pair, num_draws: int) -> dict[str, dict[str, np.ndarray]]:
     """Draws of every site of the generative story; the rows of the plate serve as draws.
 
     A model that is conditional has none without its condition.
     """
-    if vae.always_given:
+    if pair.always_given:
         return {}
-    trace = poutine.trace(vae.model).get_trace(dict.fromkeys(vae.modalities), num_rows=num_draws)
-    values = {name: value[None].cpu().numpy() for name, value in _latents(trace).items()}
+    trace = poutine.trace(pair.model).get_trace(dict.fromkeys(pair.modalities), num_rows=num_draws)
+    nodes = {name: trace.nodes[name] for name in trace.stochastic_nodes}
+    values = {
+        name: node["value"][None].cpu().numpy()
+        for name, node in nodes.items()
+        if not site_is_subsample(node)
+    }
     return {
-        "prior": {name: v for name, v in values.items() if name not in vae.modalities},
-        "prior_predictive": {name: values[name] for name in vae.modalities},
+        "prior": {name: v for name, v in values.items() if name not in pair.modalities},
+        "prior_predictive": {name: values[name] for name in pair.modalities},
     }
 
 
 def _masks(
-    vae: MultimodalVAE,
-    observed: Mapping[str, Tensor],
-    subsets: Mapping[str, tuple[str, ...]],
+    pair: Pair, observed: Mapping[str, Tensor], subsets: Mapping[str, tuple[str, ...]]
 ) -> dict[str, np.ndarray]:
     masks = {name: mask.cpu().numpy() for name, mask in observed.items()}
     seen = [np.any([masks[name] for name in subset], 0) for subset in subsets.values()]
-    named = {f"{name}_observed": masks[name] for name in vae.modalities}
-    return named | {"subset_observed": np.stack(seen)}
+    member = [[name in subset for name in pair.modalities] for subset in subsets.values()]
+    named = {f"{name}_observed": masks[name] for name in pair.modalities}
+    return named | {
+        "observed": np.stack([masks[name] for name in pair.modalities], 1),
+        "subset_observed": np.stack(seen),
+        "member": np.array(member),
+    }
 
 
 def _estimates(
-    vae: MultimodalVAE,
+    pair: Pair,
     x: Mapping[str, Tensor],
     observed: Mapping[str, Tensor],
     guide: Callable[..., Any] | None,
@@ -337,17 +341,17 @@ def _estimates(
     """Importance-sampling estimates of log p(x) of what each row has; NaN where undefined."""
     from mmzoo.evaluation.likelihood import log_likelihood
 
-    of = [name for name in vae.modalities if name in x and name not in vae.always_given]
+    of = [name for name in pair.modalities if name in x and name not in pair.always_given]
     masks = {name: observed[name] for name in x}
-    if vae.unsupported(of, vae.always_given):
+    if pair.unsupported(of, pair.always_given):
         rows = len(next(iter(x.values())))
         return {name: np.full(rows, np.nan) for name in _ESTIMATES}
     result = log_likelihood(
-        vae,
+        pair,
         x,
         masks,
         of=of,
-        given=vae.always_given,
+        given=pair.always_given,
         num_samples=num_samples,
         prior_share=prior_share,
         guide=guide,
@@ -357,8 +361,10 @@ def _estimates(
 
 
 def _join(group: str, parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Joins the batches (draw, [subset,] row, ...) along the rows and puts one chain in front."""
-    return np.concatenate(parts, 2 if group == "posterior" else 1)[None]
+    """Joins batches (draw, [subset,] row, ...) along the rows, with one chain in front."""
+    if group == "constant_data":
+        return np.concatenate(parts, 1)
+    return np.concatenate(parts, 2 if group in _OVER_SUBSETS else 1)[None]
 
 
 def _observed_data(
@@ -376,37 +382,55 @@ def _observed_data(
 
 
 def _label(
-    vae: MultimodalVAE,
+    pair: Pair,
     arrays: Mapping[str, dict[str, np.ndarray]],
     prior: Mapping[str, dict[str, np.ndarray]],
     subsets: Mapping[str, tuple[str, ...]],
     labels: Mapping[str, Labels],
 ) -> xr.DataTree:
-    """Names every dimension; the prior has no rows, hence dimensions of its own."""
+    """Names every dimension; the prior has no rows, the predictions from subsets have both."""
     import arviz_base
 
-    rows = len(arrays["constant_data"]["subset_observed"][0])
+    rows = len(arrays["constant_data"]["observed"])
     coords: dict[str, Any] = {"subset": list(subsets), "row": np.arange(rows)}
-    events = {
-        name: [f"{name}_dim_{i}" for i in range(len(modality.event_shape))]
-        for name, modality in vae.modalities.items()
-    }
-    for site in arrays["posterior"]:
-        events[site] = ["latent"] if site == "z" else [f"{site}_dim"]
-    coords["latent"] = np.arange(vae.latent_dim)
-    dims = {name: ["row", *event] for name, event in events.items()}
-    dims |= {site: ["subset", "row", *events[site]] for site in arrays["posterior"]}
-    flat = [*(f"{name}_observed" for name in vae.modalities), *_ESTIMATES, "lp", "log_weight"]
-    dims |= {name: ["row"] for name in flat} | {"subset_observed": ["subset", "row"]}
-    tree = arviz_base.from_dict(dict(arrays), coords=coords, dims=dims)
-    if prior:
-        for group, node in arviz_base.from_dict(dict(prior), coords=coords, dims=events).items():
-            tree[group] = node
+    coords["modality"] = list(pair.modalities)
+    sites = {name: value.ndim - 4 for name, value in arrays["posterior"].items()}
+    events = {name: _event(name, len(m.event_shape)) for name, m in pair.modalities.items()}
+    events |= {site: _latent(site, size) for site, size in sites.items()}
+    if events.get("z") == ["latent"]:
+        coords["latent"] = np.arange(arrays["posterior"]["z"].shape[-1])
+    over = {name: ["subset", "row", *event] for name, event in events.items()}
+    dims = {name: over[name] if name in sites else ["row", *events[name]] for name in events}
+    flat = [*(f"{name}_observed" for name in pair.modalities), *_ESTIMATES]
+    dims |= {name: ["row"] for name in [*flat, "joint", "lp", "log_weight"]}
+    dims |= {name: ["subset", "row"] for name in [*_DIAGNOSTICS, "subset_observed"]}
+    dims |= {"observed": ["row", "modality"], "member": ["subset", "modality"]}
+    rest = {name: group for name, group in arrays.items() if name != "subset_predictive"}
+    tree = arviz_base.from_dict(rest, coords=coords, dims=dims)
+    for extra, named in ((_only(arrays, "subset_predictive"), over), (prior, events)):
+        if extra:
+            for group, node in arviz_base.from_dict(extra, coords=coords, dims=named).items():
+                tree[group] = node
     columns = {f"row_{name}": _column(name, values) for name, values in labels.items()}
     for node in tree.children.values():
         if "row" in node.dims:
             node.dataset = node.to_dataset().assign_coords(columns)
     return tree
+
+
+def _event(name: str, size: int) -> list[str]:
+    return [f"{name}_dim_{i}" for i in range(size)]
+
+
+def _latent(site: str, size: int) -> list[str]:
+    """Names of the dimensions of a latent: "latent" for the vector z, `<site>_dim` for others."""
+    if size == 1:
+        return ["latent" if site == "z" else f"{site}_dim"]
+    return _event(site, size)
+
+
+def _only(arrays: Mapping[str, Any], group: str) -> dict[str, Any]:
+    return {group: arrays[group]} if group in arrays else {}
 
 
 def _column(name: str, values: Labels) -> tuple[tuple[str, ...], np.ndarray]:
@@ -416,7 +440,7 @@ def _column(name: str, values: Labels) -> tuple[tuple[str, ...], np.ndarray]:
 
 
 def _attributes(
-    vae: MultimodalVAE,
+    pair: Pair,
     subsets: Mapping[str, Any],
     num_draws: int,
     num_samples: int,
@@ -424,11 +448,12 @@ def _attributes(
     seed: int,
 ) -> dict[str, str | int | float]:
     packages = ("mmzoo", "torch", "pyro-ppl", "arviz-base", "xarray")
-    return {
-        "model": vae.name,
-        "title": vae.title,
-        "latent_dim": vae.latent_dim,
-        "modalities": json.dumps(list(vae.modalities)),
+    own: dict[str, str | int | float] = {"model": type(pair).__name__}
+    if not isinstance(pair, PyroPair):
+        own = {"model": pair.name, "latent_dim": pair.latent_dim}
+    return own | {
+        "title": pair.title,
+        "modalities": json.dumps(list(pair.modalities)),
         "subsets": json.dumps(list(subsets)),
         "num_draws": num_draws,
         "num_samples": num_samples,

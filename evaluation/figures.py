@@ -18,6 +18,8 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from mmzoo.evaluation.pair import Pair, draw_latents, quiet, row_masks
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
     from mmzoo.modality import Modality
-    from mmzoo.vae import MultimodalVAE
 
 __all__ = [
     "plot_history",
@@ -236,7 +237,7 @@ def _training_legend(
 
 
 def plot_reconstructions(
-    vae: MultimodalVAE,
+    vae: Pair,
     x: Values,
     observed: Values | None = None,
     *,
@@ -253,7 +254,7 @@ def plot_reconstructions(
     a predicted class that differs from the data is crossed and in vermilion.
 
     Args:
-        vae: The model.
+        vae: The model, or a pair of your own.
         x: Name to values `(N, *event_shape)`.
         observed: Name to bool mask `(N,)`.
         given: Subsets of modalities; by default each alone, then all.
@@ -280,7 +281,7 @@ def plot_reconstructions(
 
 
 def plot_samples(
-    vae: MultimodalVAE,
+    vae: Pair,
     num: int = 40,
     *,
     show: Sequence[str] | None = None,
@@ -292,7 +293,7 @@ def plot_samples(
     """Joint samples: z from the prior, then the mean of every p(x_m | z), classes on top.
 
     Args:
-        vae: The model.
+        vae: The model, or a pair of your own.
         num: Number of samples.
         show: Modalities that are drawn; by default all.
         class_names: Names of the classes of a modality, in the order of their indices.
@@ -308,7 +309,7 @@ def plot_samples(
     return _draw_strips(vae, strips, show, class_names, ax, compare=False)
 
 
-def _check_names(vae: MultimodalVAE, names: Sequence[str], where: str) -> None:
+def _check_names(vae: Pair, names: Sequence[str], where: str) -> None:
     for name in names:
         if name not in vae.modalities:
             raise ValueError(
@@ -317,22 +318,16 @@ def _check_names(vae: MultimodalVAE, names: Sequence[str], where: str) -> None:
 
 
 def _first_rows(
-    vae: MultimodalVAE, x: Values, observed: Values | None, num_rows: int | None
+    vae: Pair, x: Values, observed: Values | None, num_rows: int | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The first rows, checked, with a mask for every modality that has values."""
-    batch = vae.check(x, observed)
-    rows = batch.shape[-1]
-    values = {name: value[:num_rows] for name, value in batch.x.items() if value is not None}
-    masks = {}
-    for name, value in values.items():
-        mask = batch.observed.get(name)
-        full = torch.ones(rows, dtype=torch.bool, device=value.device) if mask is None else mask
-        masks[name] = full.expand(rows)[:num_rows]
-    return values, masks
+    values, masks, _ = row_masks(vae, x, observed)
+    values = {name: value[:num_rows] for name, value in values.items()}
+    return values, {name: masks[name][:num_rows] for name in values}
 
 
 def _predict(
-    vae: MultimodalVAE,
+    vae: Pair,
     x: Values,
     observed: Values,
     subset: Sequence[str],
@@ -341,7 +336,7 @@ def _predict(
 ) -> dict[str, list[Any]]:
     """Means of every modality given a subset, None in rows that have nothing of it."""
     masks = {name: mask & (name in subset) for name, mask in observed.items()}
-    with _drawing(vae, seed):
+    with quiet(vae, seed):
         means = vae.generate(x, masks, num_rows=num_rows, mean=True)
     seen = torch.stack(list(masks.values())).any(0) if masks else None
     predicted = {}
@@ -349,21 +344,6 @@ def _predict(
         drawn = _values(vae.modalities[name], value, predicted=True)
         predicted[name] = [v if seen is None or seen[i] else None for i, v in enumerate(drawn)]
     return predicted
-
-
-@contextmanager
-def _drawing(vae: MultimodalVAE, seed: int) -> Iterator[None]:
-    """Evaluation mode and seeded draws; leaves modes and the global generators alone."""
-    modes = {module: module.training for module in vae.modules()}
-    devices = {parameter.device for parameter in vae.parameters() if parameter.is_cuda}
-    with torch.random.fork_rng(devices), torch.no_grad():
-        torch.manual_seed(seed)
-        vae.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
 
 
 def _kind(modality: Modality) -> str:
@@ -392,13 +372,14 @@ def _values(modality: Modality, value: Tensor, *, predicted: bool = False) -> li
 
 
 def _draw_strips(
-    vae: MultimodalVAE,
+    vae: Pair,
     strips: Sequence[tuple[str, Mapping[str, list[Any]]]],
     show: Sequence[str] | None,
     class_names: Mapping[str, Sequence[str]] | None,
     ax: Axes | None,
     *,
     compare: bool,
+    header: Sequence[str] = (),
 ) -> Axes:
     """Stacks strips of cells of width 1; texts stand over the first picture of a cell."""
     shown = list(vae.modalities) if show is None else list(show)
@@ -408,34 +389,43 @@ def _draw_strips(
     heights = {name: _height(vae.modalities[name]) for name in pictures}
     limits = {name: _limits(vae.modalities[name], strips, name) for name in pictures}
     columns = max(len(next(iter(values.values()))) for _, values in strips)
-    above = _TEXT_HEIGHT * len(texts)
-    strip = sum(heights.values()) + above + _GAP
     if len(pictures) > 1:  # bold titles on one line, above the names of the modalities
         strips = [(title.replace("\n", " "), values) for title, values in strips]
     lines = [line for title, _ in strips for line in title.split("\n")]
     margin = 0.2 + max(0.13 * len(line) for line in [*lines, *pictures[1:]])
+    # A strip is as high as what it holds: one of classes alone has no room for pictures.
+    above = [_TEXT_HEIGHT * sum(name in values for name in texts) for _, values in strips]
+    below = [{n: h for n, h in heights.items() if n in values} for _, values in strips]
+    tops = [up + sum(each.values()) + _GAP for up, each in zip(above, below, strict=True)]
+    bottoms = np.cumsum(tops)
     with _style():
-        ax = _strip_axes(ax, (-margin, columns + 0.1), strip * len(strips))
+        sides, top = (-margin, columns + 0.1), 0.45 if header else 0.1
+        ax = _strip_axes(ax, sides, float(bottoms[-1]), top)
+        for column, text in enumerate(header):
+            ax.text(column + 0.5, 0.1, text, ha="center", fontsize=8, color=_GREY)
         for index, (title, values) in enumerate(strips):
-            top = -strip * index - above
-            _name_strip(ax, title, top - sum(heights.values()) / 2, heights, top)
+            height, part = tops[index], below[index]
+            top = height - float(bottoms[index]) - above[index]
+            middle = top - sum(part.values()) / 2 if part else top + 0.4 * above[index]
+            _name_strip(ax, title, middle, part, top)
             known = strips[0][1] if compare and index else {}
-            _draw_texts(ax, vae, texts, values, known, top, class_names or {})
-            for name, height in heights.items():
-                top -= height
+            held = [name for name in texts if name in values]
+            _draw_texts(ax, vae, held, values, known, top, class_names or {})
+            for name, size in part.items():
+                top -= size
                 _draw_pictures(ax, vae.modalities[name], values.get(name), top, limits[name])
     return ax
 
 
-def _strip_axes(ax: Axes | None, sides: tuple[float, float], height: float) -> Axes:
+def _strip_axes(ax: Axes | None, sides: tuple[float, float], height: float, top: float) -> Axes:
     """Axes whose unit is a cell, 0.62 inches wide in a new figure."""
     if ax is None:
         from matplotlib.figure import Figure
 
-        size = (0.62 * (sides[1] - sides[0]), 0.62 * (height + 0.1))
+        size = (0.62 * (sides[1] - sides[0]), 0.62 * (height + top))
         ax = Figure(figsize=size, dpi=150).add_axes((0, 0, 1, 1))
     ax.set_xlim(*sides)
-    ax.set_ylim(-height, 0.1)
+    ax.set_ylim(-height, top)
     ax.set_aspect("equal")
     ax.set_axis_off()
     return ax
@@ -511,7 +501,7 @@ def _draw_line(ax: Axes, heights: np.ndarray, sides: tuple[float, float], zero: 
 
 def _draw_texts(
     ax: Axes,
-    vae: MultimodalVAE,
+    vae: Pair,
     texts: Sequence[str],
     values: Mapping[str, list[Any]],
     truth: Mapping[str, list[Any]],
@@ -562,29 +552,37 @@ def _name_strip(
 
 
 def plot_latent_plane(
-    vae: MultimodalVAE,
+    vae: Pair,
     x: Values,
     labels: Sequence[Any] | np.ndarray | Tensor,
     observed: Values | None = None,
     *,
     subsets: Sequence[Sequence[str]] | None = None,
+    site: str | None = None,
+    method: str = "pca",
     max_rows: int = 2000,
     seed: int = 0,
     figure: Figure | SubFigure | None = None,
 ) -> Figure | SubFigure:
     """Latents of every observed subset in one plane, coloured by class.
 
-    One draw of z for each row. The plane is that of the two largest principal components of all
-    subsets together; a latent of two dimensions is drawn as it is. Rows that lack a subset's
-    modality are left out of its panel. A class is named at the median of its rows, where there
-    is room for it.
+    One draw of the latent for each row. The plane is that of all subsets together: of their two
+    largest principal components, or a t-SNE embedding of them, in which neighbours stay neighbours
+    but distances, sizes and places of clusters mean nothing. A latent of two dimensions is drawn
+    as it is. Rows that lack a subset's modality are left out of its panel. A class is named at the
+    median of its rows, where there is room for it.
+
+    `Visualizing data using t-SNE (van der Maaten & Hinton, 2008)`,
+    https://www.jmlr.org/papers/v9/vandermaaten08a.html
 
     Args:
-        vae: The model.
+        vae: The model, or a pair of your own.
         x: Name to values `(N, *event_shape)`.
         labels: Class of each row, or a number, `(N,)`.
         observed: Name to bool mask `(N,)`.
         subsets: Subsets of modalities; by default each alone, then all.
+        site: The latent site; by default the first.
+        method: "pca" or "tsne"; the latter takes seconds for a thousand points.
         max_rows: The first so many rows are drawn.
         seed: Seed of the draws; the global random state is left as it was.
         figure: Where to draw.
@@ -596,17 +594,17 @@ def plot_latent_plane(
     _check_labels(labels, len(next(iter(x.values()))))
     x, observed = _first_rows(vae, x, observed, max_rows)
     labels = np.asarray(labels)[:max_rows]
-    draws, seen = zip(*(_latents(vae, x, observed, each, seed) for each in subsets), strict=True)
-    plane, axis_names = _plane(
-        np.concatenate([z[rows] for z, rows in zip(draws, seen, strict=True)])
-    )
+    site = _check_site(vae, site)
+    found = [_latents(vae, x, observed, each, site, seed + i) for i, each in enumerate(subsets)]
+    points, axis_names = _plane([z[rows] for z, rows in found], site, method, seed)
+    span = np.ptp(np.concatenate(points), axis=0) + 1e-12  # the panels share their axes
     columns = min(4, len(subsets))
     lines = math.ceil(len(subsets) / columns)
     with _style():
         figure = _new_figure(2.9 * columns + 0.9, 2.9 * lines + 0.3) if figure is None else figure
         grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
-        for ax, subset, z, rows in zip(grid.ravel(), subsets, draws, seen, strict=False):
-            handles = _scatter(ax, plane(z[rows]), labels[rows], labels)
+        for ax, subset, each, (_, rows) in zip(grid.ravel(), subsets, points, found, strict=False):
+            handles = _scatter(ax, each, labels[rows], labels, span)
             ax.set_title("given " + " + ".join(subset))
         for ax in grid.ravel()[len(subsets) :]:
             ax.set_axis_off()
@@ -626,7 +624,7 @@ def _check_labels(labels: Any, rows: int) -> None:
         )
 
 
-def _each_and_all(vae: MultimodalVAE, names: list[str]) -> list[list[str]]:
+def _each_and_all(vae: Pair, names: list[str]) -> list[list[str]]:
     """Each modality alone and all of them, all beside what must be given."""
     found = []
     for chosen in [[name] for name in names] + [names]:
@@ -636,34 +634,63 @@ def _each_and_all(vae: MultimodalVAE, names: list[str]) -> list[list[str]]:
     return found
 
 
+def _check_site(vae: Pair, site: str | None) -> str:
+    if site is not None and site not in vae.latent_sites:
+        raise ValueError(
+            f"site: expected one of {', '.join(vae.latent_sites)}, found {site!r}; "
+            "name a latent of the model"
+        )
+    return vae.latent_sites[0] if site is None else site
+
+
 def _latents(
-    vae: MultimodalVAE, x: Values, observed: Values, subset: Sequence[str], seed: int
+    vae: Pair, x: Values, observed: Values, subset: Sequence[str], site: str, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A draw of z for each row (N, D), and the rows that have something of the subset (N,)."""
-    masks = {name: mask & (name in subset) for name, mask in observed.items()}
-    with _drawing(vae, seed):
-        z = vae.split(vae.posterior(x, masks).sample())["z"]
-    seen = torch.stack(list(masks.values())).any(0)
-    return z.cpu().double().numpy(), seen.cpu().numpy()
+    """A draw of a latent for each row (N, D), and the rows that have something of the subset."""
+    z = draw_latents(vae, x, observed, given=subset, num_draws=1, batch_size=1024, seed=seed)[site]
+    seen = torch.stack([mask & (name in subset) for name, mask in observed.items()]).any(0)
+    return z[0].cpu().double().numpy(), seen.cpu().numpy()
 
 
-def _plane(z: np.ndarray) -> tuple[Any, tuple[str, ...]]:
-    """Projection of latents (*, D) to (*, 2), and the names of its axes."""
+def _plane(
+    parts: Sequence[np.ndarray], site: str, method: str, seed: int
+) -> tuple[list[np.ndarray], list[str]]:
+    """Latents (*, D) of each subset in one plane (*, 2), and the names of its axes."""
+    if method not in ("pca", "tsne"):
+        raise ValueError(f"method: expected 'pca' or 'tsne', found {method!r}")
+    z = np.concatenate(parts)
     if not len(z):
         raise ValueError(
             "subsets: expected rows that have some of them, found none; check observed"
         )
     if z.shape[-1] <= 2:
-        padding = [(0, 0), (0, 2 - z.shape[-1])]
-        return lambda values: np.pad(values, padding), ("z[0]", "z[1]")
-    center = z.mean(0)
-    _, scales, axes = np.linalg.svd(z - center, full_matrices=False)
-    share = scales**2 / (scales**2).sum()
-    names = tuple(f"component {i + 1} ({100 * share[i]:.0f} % of variance)" for i in range(2))
-    return lambda values: (values - center) @ axes[:2].T, names
+        plane = np.pad(z, [(0, 0), (0, 2 - z.shape[-1])])
+        names = [f"{site}[0]", f"{site}[1]" if z.shape[-1] == 2 else ""]
+    elif method == "tsne":
+        plane, names = _embed(z, seed), ["t-SNE 1", "t-SNE 2"]
+    else:
+        center = z.mean(0)
+        _, scales, axes = np.linalg.svd(z - center, full_matrices=False)
+        share = 100 * scales**2 / (scales**2).sum()
+        plane = (z - center) @ axes[:2].T
+        names = [f"component {i + 1} ({share[i]:.0f} % of variance)" for i in range(2)]
+    return np.split(plane, np.cumsum([len(part) for part in parts])[:-1]), names
 
 
-def _scatter(ax: Axes, points: np.ndarray, labels: np.ndarray, every: np.ndarray) -> Any:
+def _embed(z: np.ndarray, seed: int) -> np.ndarray:
+    from sklearn.manifold import TSNE
+
+    if len(z) < 4:
+        raise ValueError(
+            f"method: expected at least 4 points for 'tsne', found {len(z)}; use method='pca'"
+        )
+    perplexity = min(30.0, (len(z) - 1) / 3)
+    return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(z)
+
+
+def _scatter(
+    ax: Axes, points: np.ndarray, labels: np.ndarray, every: np.ndarray, span: np.ndarray
+) -> Any:
     """Points of a panel; returns (class, colour) pairs, or the mappable of continuous labels."""
     _despine(ax)
     ax.locator_params(nbins=5)
@@ -671,8 +698,8 @@ def _scatter(ax: Axes, points: np.ndarray, labels: np.ndarray, every: np.ndarray
     dots: Style = {"s": size, "linewidths": 0, "alpha": 0.75, "rasterized": True}
     classes = np.unique(every)
     if len(classes) > _MAX_LEGEND_CLASSES and np.issubdtype(every.dtype, np.number):
-        span: Style = {"vmin": every.min(), "vmax": every.max(), "cmap": "viridis"}
-        return ax.scatter(points[:, 0], points[:, 1], c=labels, **span, **dots)
+        scale: Style = {"vmin": every.min(), "vmax": every.max(), "cmap": "viridis"}
+        return ax.scatter(points[:, 0], points[:, 1], c=labels, **scale, **dots)
     colors = _palette(len(classes))
     pairs = list(zip(classes, colors, strict=True))
     shade = dict(pairs)
@@ -680,16 +707,19 @@ def _scatter(ax: Axes, points: np.ndarray, labels: np.ndarray, every: np.ndarray
         ax.scatter(
             points[:, 0], points[:, 1], c=[shade[label] for label in labels.tolist()], **dots
         )
-    _name_clouds(ax, points, labels, pairs)
+    _name_clouds(ax, points, labels, pairs, span)
     return pairs
 
 
 def _name_clouds(
-    ax: Axes, points: np.ndarray, labels: np.ndarray, pairs: Sequence[tuple[Any, Any]]
+    ax: Axes,
+    points: np.ndarray,
+    labels: np.ndarray,
+    pairs: Sequence[tuple[Any, Any]],
+    span: np.ndarray,
 ) -> None:
     """Names classes at their medians, except where a name would cover another one."""
     taken: list[tuple[np.ndarray, str]] = []
-    span = np.ptp(points, axis=0) if len(points) else np.ones(2)
     for each, color in pairs:
         if not (labels == each).any():
             continue
@@ -740,12 +770,16 @@ def plot_likelihood_table(
     """Forest plot of a likelihood table: one panel a quantity, one line a model.
 
     Bars are 95 % intervals, 1.96 standard errors of the mean over rows. A hollow marker says that
-    Pareto k exceeds 0.7 in more than a tenth of the rows, with the share beside it.
+    Pareto k exceeds 0.7 in more than a tenth of the rows, with the share beside it. Of paired
+    differences, the reference is a line at zero: an interval that reaches it is no difference.
 
     Args:
-        table: Result of `likelihood_table`, dimensions (model, quantity).
+        table: Result of `likelihood_table` or of `paired_differences`, dimensions (model,
+            quantity).
         figure: Where to draw.
     """
+    if "difference" in table:
+        table = table.rename(difference="mean")
     missing = {"mean", "standard_error"} - set(map(str, table.data_vars))
     if missing:
         raise ValueError(
@@ -771,6 +805,10 @@ def plot_likelihood_table(
 def _draw_forest(ax: Axes, column: xr.Dataset, models: Sequence[str]) -> None:
     from matplotlib.ticker import MaxNLocator
 
+    label = "nats per row"
+    if "reference" in column:
+        label = "difference in nats per row"
+        ax.axvline(0.0, color=_GREY, linewidth=0.8, zorder=0)
     means, errors = column["mean"].values, column["standard_error"].values
     shares = column["pareto_k"].values if "pareto_k" in column else np.zeros(len(models))
     for place, (mean, error, share) in enumerate(zip(means, errors, shares, strict=True)):
@@ -796,7 +834,7 @@ def _draw_forest(ax: Axes, column: xr.Dataset, models: Sequence[str]) -> None:
     ax.set_yticks(range(len(models)), models)
     ax.set_ylim(len(models) - 0.4, -0.6)
     ax.margins(x=0.25)
-    ax.set_xlabel("nats per row")
+    ax.set_xlabel(label)
     ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.grid(axis="x", color="#DDDDDD", linewidth=0.6)
     ax.set_axisbelow(True)

@@ -27,7 +27,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from itertools import combinations
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,15 +38,21 @@ from torch import Tensor
 from mmzoo.batch import modality_names
 from mmzoo.evaluation.pair import Pair, device_of, quiet
 from mmzoo.evaluation.pareto import WeightSummary
+from mmzoo.evaluation.tables import ROW_VARIABLES, table_of_rows
 from mmzoo.inference.draws import draw, log_joint, log_prior, log_proposal, replay
 from mmzoo.vae import MultimodalVAE
 
-__all__ = ["likelihood_table", "log_likelihood", "quantity_name"]
+__all__ = [
+    "all_quantities",
+    "likelihood_curve",
+    "likelihood_table",
+    "log_likelihood",
+    "quantity_name",
+]
 
 _ESTIMATES = ("log_prob", "mcse", "ess", "pareto_k")
 _ROWS = 64
 _CHUNK = {"cpu": 2048, "cuda": 1 << 17}
-_UNRELIABLE = 0.7
 
 Arrays = dict[str, np.ndarray]
 
@@ -60,12 +67,21 @@ def log_likelihood(
     proposal: str | Sequence[str] | None = None,
     num_samples: int = 1000,
     prior_share: float = 0.0,
+    target_mcse: float | None = None,
+    max_samples: int | None = None,
     guide: Callable[..., Any] | None = None,
     chunk_size: int | None = None,
     seed: int = 0,
     on_chunk: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
     """``log p(x_A | x_B)`` of every row by importance sampling.
+
+    With a target, rows whose standard error is above it get as many fresh draws again, pooled with
+    those before, until they reach it or would exceed `max_samples`. To stop at an *estimated* error
+    is slightly biased, as a rule upwards, since a large estimate has a small relative error: for a
+    row whose error happens to lie right at the target by up to a fifth of it, for most rows by much
+    less. Draws that have missed mass stop too early as well, with too small an estimate: start with
+    enough of them (hundreds) for an error to be estimated at all, and mind ``pareto_k``.
 
     Args:
         vae: The model, or a pair of your own (:class:`mmzoo.evaluation.PyroPair`).
@@ -75,8 +91,11 @@ def log_likelihood(
         given: The names in B, what is known; none of A.
         proposal: What the guide sees for ``log p(x_A, x_B)``; default: exactly A and B. Seeing
             more makes the weights heavy-tailed, seeing less makes them uneven.
-        num_samples: K, draws of each row.
+        num_samples: K, draws of each row; with a target, those that it starts with.
         prior_share: Share of them that comes from the prior, below one: the defensive proposal.
+        target_mcse: Standard error in nats that every row should reach.
+        max_samples: No row gets more draws than these for one estimate; default: 100 times
+            `num_samples`. K doubles, so that the last one is `num_samples` times a power of two.
         guide: A Pyro guide over the same sites, in place of the model's own.
         chunk_size: Draws that are decoded at a time; memory does not grow with K or N.
         seed: Of the draws.
@@ -86,11 +105,13 @@ def log_likelihood(
         Over ``row``: ``log_prob`` in nats, ``mcse`` (its Monte Carlo standard error), ``ess``
         (effective sample size; the smaller one of the two estimates of a conditional) and
         ``pareto_k`` (the larger one; above 0.7 the row is not to be relied on). A row that has
-        nothing of A is NaN; the attribute ``rows_without`` counts them.
+        nothing of A is NaN; the attribute ``rows_without`` counts them. With a target besides
+        ``num_samples``, the draws that each row got (of a conditional: for the more expensive one
+        of its two estimates), and the attribute ``rows_above_target``.
 
     Raises:
-        ValueError: For unknown names, A and B that overlap, a bad batch, or a quantity that the
-            model does not define.
+        ValueError: For unknown names, A and B that overlap, a bad batch, a quantity that the
+            model does not define, or a bad number of draws.
 
     Example:
         >>> from mmzoo import Modality
@@ -116,29 +137,102 @@ def log_likelihood(
             "heavy-tailed, mind pareto_k",
             stacklevel=2,
         )
-    sampler = _Sampler(vae, x, observed, num_samples, prior_share, guide, chunk_size, on_chunk)
+    growth = _Growth.make(num_samples, target_mcse, max_samples)
+    sampler = _Sampler(vae, x, observed, growth, prior_share, guide, chunk_size, on_chunk)
     sampler.reject_empty()
-    joint = sampler.marginal((*of, *given), sees, seed)
-    result = joint
+    target = sampler.targets(given)
+    result = sampler.marginal((*of, *given), sees, seed, target)
     if given:
-        result = _difference(joint, sampler.marginal(tuple(given), None, seed + 1), empty=0.0)
+        known = sampler.marginal(tuple(given), None, seed + 1, target)
+        result = _difference(result, known, empty=0.0)
     absent = ~sampler.has(of)
     for values in result.values():
         values[absent] = np.nan
-    variables = {name: ("row", result[name]) for name in _ESTIMATES}
-    return xr.Dataset(
-        variables,
-        coords={"row": np.arange(sampler.num_rows)},
-        attrs={
-            "quantity": quantity_name(of, given),
-            "proposal": ", ".join((*of, *given) if sees is None else sees),
-            "num_samples": num_samples,
-            "prior_share": prior_share,
-            "rows_without": int(absent.sum()),
-            "units": "nats",
-            "seed": seed,
-        },
-    )
+    variables: dict[str, Any] = {name: ("row", result[name]) for name in _ESTIMATES}
+    attrs = {
+        "quantity": quantity_name(of, given),
+        "proposal": ", ".join((*of, *given) if sees is None else sees),
+        "num_samples": num_samples,
+        "prior_share": prior_share,
+        "rows_without": int(absent.sum()),
+        "units": "nats",
+        "seed": seed,
+    }
+    if target_mcse is not None:
+        variables["num_samples"] = ("row", _counts(result["num_samples"]))
+        attrs |= growth.attrs()
+        attrs["rows_above_target"] = int(growth.above(result).sum())
+    return xr.Dataset(variables, {"row": np.arange(sampler.num_rows)}, attrs)
+
+
+def likelihood_curve(
+    vae: Pair,
+    x: Mapping[str, Tensor],
+    observed: Mapping[str, Tensor] | None = None,
+    *,
+    of: str | Sequence[str],
+    given: str | Sequence[str] = (),
+    proposal: str | Sequence[str] | None = None,
+    num_samples: Sequence[int] = (10, 100, 1000, 10_000),
+    prior_share: float = 0.0,
+    guide: Callable[..., Any] | None = None,
+    chunk_size: int | None = None,
+    seed: int = 0,
+    on_chunk: Callable[[int, int], None] | None = None,
+) -> xr.Dataset:
+    """How an estimate settles as the number of draws grows.
+
+    Every K has fresh draws of its own, so that the points of the curve are independent: importance
+    sampling is enough from where they stay within their errors. Its expectation rises with K.
+
+    Args:
+        vae: The model, or a pair of your own.
+        x: Name to values ``(N, *event_shape)``.
+        observed: Name to bool mask ``(N,)``.
+        of: The names that are scored.
+        given: The names that are known.
+        proposal: As in :func:`log_likelihood`.
+        num_samples: The numbers of draws, each larger than the one before.
+        prior_share: As in :func:`log_likelihood`.
+        guide: As in :func:`log_likelihood`.
+        chunk_size: As in :func:`log_likelihood`.
+        seed: Of the draws; that of the i-th number is ``seed + 2 i``.
+        on_chunk: Called with the draws done and the draws in all, in thousands of one row.
+
+    Returns:
+        Over ``num_samples`` and ``row``: ``log_prob`` in nats, ``mcse``, ``ess``, ``pareto_k``.
+
+    Raises:
+        ValueError: For numbers that do not grow, and as :func:`log_likelihood`.
+    """
+    numbers = [int(number) for number in num_samples]
+    if not numbers or any(b <= a for a, b in zip(numbers, numbers[1:], strict=False)):
+        raise ValueError(
+            "likelihood_curve: expected num_samples that grow, such as (10, 100, 1000), found "
+            f"{tuple(num_samples)}"
+        )
+    parts = 2 if given else 1
+    units = [max(1, number * _num_rows(x) // 1000) for number in numbers]
+    curve = []
+    for i, number in enumerate(numbers):
+        told = _Passes(on_chunk, parts * sum(units[:i]), units[i], parts * sum(units))
+        point = log_likelihood(
+            vae,
+            x,
+            observed,
+            of=of,
+            given=given,
+            proposal=proposal,
+            num_samples=number,
+            prior_share=prior_share,
+            guide=guide,
+            chunk_size=chunk_size,
+            seed=seed + 2 * i,
+            on_chunk=told,
+        )
+        curve.append(point)
+    result = xr.concat(curve, "num_samples", combine_attrs="drop_conflicts")
+    return result.assign_coords(num_samples=numbers).assign_attrs(seed=seed)
 
 
 def likelihood_table(
@@ -149,6 +243,8 @@ def likelihood_table(
     quantities: Sequence[tuple[str | Sequence[str], str | Sequence[str]]] | None = None,
     num_samples: int = 1000,
     prior_share: float = 0.0,
+    target_mcse: float | None = None,
+    max_samples: int | None = None,
     chunk_size: int | None = None,
     seed: int = 0,
     on_chunk: Callable[[str, int, int], None] | None = None,
@@ -166,6 +262,9 @@ def likelihood_table(
             each modality given the others, the modalities being those of all models.
         num_samples: K, draws of each row and marginal.
         prior_share: As in :func:`log_likelihood`.
+        target_mcse: As in :func:`log_likelihood`. Where a conditional is asked for, every marginal
+            is estimated to this over the root of two, so that the difference reaches it.
+        max_samples: As in :func:`log_likelihood`.
         chunk_size: Draws that are decoded at a time.
         seed: Of the draws.
         on_chunk: Called with the quantity's title, the rows done and the rows in all.
@@ -174,7 +273,10 @@ def likelihood_table(
         Over ``model`` and ``quantity``: ``mean`` over rows in nats, ``standard_error`` of that
         mean over rows, ``mcse`` (the part of it that is Monte Carlo error), ``pareto_k`` (share of
         rows above 0.7) and ``num_rows``. A quantity that a model cannot answer is NaN, with the
-        reason in ``note``.
+        reason in ``note``. Over ``row`` besides, so that models can be compared row by row
+        (:func:`mmzoo.evaluation.tables.paired_differences`): ``log_prob``, ``row_mcse`` and
+        ``row_pareto_k``. With a target besides ``row_num_samples`` and, over the cells,
+        ``rows_above_target``.
     """
     if not models:
         raise ValueError(
@@ -186,8 +288,10 @@ def likelihood_table(
     quantities = _default_quantities(list(known_names)) if quantities is None else quantities
     pairs = [(_as_tuple(of), _as_tuple(given)) for of, given in quantities]
     titles = [quantity_name(of, given) for of, given in pairs]
-    kinds = ("mean", "standard_error", "mcse", "pareto_k", "num_rows")
-    table = {kind: np.full((len(models), len(pairs)), np.nan) for kind in kinds}
+    num_rows = _num_rows(x)
+    growth = _Growth.make(num_samples, target_mcse, max_samples)
+    kinds = (*ROW_VARIABLES, "num_samples")
+    values = {kind: np.full((len(models), len(pairs), num_rows), np.nan) for kind in kinds}
     note = np.full((len(models), len(pairs)), "", dtype=object)
     for i, (title, vae) in enumerate(models.items()):
         known: dict[tuple[str, ...], Arrays] = {}
@@ -203,27 +307,28 @@ def likelihood_table(
             if sampler is None:
                 here = {name: value for name, value in x.items() if name in vae.modalities}
                 masks = {k: v for k, v in (observed or {}).items() if k in vae.modalities}
-                sampler = _Sampler(
-                    vae, here, masks, num_samples, prior_share, None, chunk_size, None
-                )
+                sampler = _Sampler(vae, here, masks, growth, prior_share, None, chunk_size, None)
                 if len(here) == len(x):  # what a smaller model cannot see may be elsewhere
                     sampler.reject_empty()
             sampler.on_chunk = _telling(on_chunk, f"{title} {titles[j]}")
-            rows = _conditional(sampler, known, of, given, seed)
-            for kind, value in _summary(rows).items():
-                table[kind][i, j] = value
-    variables: dict[str, Any] = {k: (("model", "quantity"), v) for k, v in table.items()}
-    variables["note"] = (("model", "quantity"), note.astype(str))
-    return xr.Dataset(
-        variables,
-        coords={"model": list(models), "quantity": titles},
-        attrs={
-            "num_samples": num_samples,
-            "prior_share": prior_share,
-            "seed": seed,
-            "units": "nats per row",
-        },
-    )
+            target = sampler.targets([name for _, each in pairs for name in each])
+            rows = _conditional(sampler, known, of, given, seed, target)
+            for kind in values:
+                values[kind][i, j] = rows[kind]
+    attrs = {
+        "num_samples": num_samples,
+        "prior_share": prior_share,
+        "seed": seed,
+        "units": "nats per row",
+    }
+    coords = {"model": list(models), "quantity": titles}
+    table = table_of_rows(values, coords, note=note, attrs=attrs)
+    if target_mcse is not None:
+        table.attrs |= growth.attrs()
+        counts = _counts(values["num_samples"])
+        table["row_num_samples"] = (("model", "quantity", "row"), counts)
+        table["rows_above_target"] = (("model", "quantity"), growth.above(values).sum(-1))
+    return table
 
 
 def quantity_name(of: Sequence[str], given: Sequence[str] = ()) -> str:
@@ -237,6 +342,107 @@ def quantity_name(of: Sequence[str], given: Sequence[str] = ()) -> str:
     return f"log p({', '.join(of)}{known})"
 
 
+def all_quantities(
+    names: Iterable[str], *, conditionals: bool = True, max_quantities: int = 1000
+) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Every question about subsets: ``log p(x_S)`` and ``log p(x_A | x_B)``.
+
+    The order is that of the names; joint likelihoods come first. There are 2^M - 1 of them and
+    3^M - 2^(M + 1) + 1 conditionals for M modalities, all of which are differences of the former:
+    :func:`likelihood_table`, which takes this as `quantities`, estimates 2^M - 1 marginals.
+
+    Args:
+        names: The modalities.
+        conditionals: Whether to ask for ``log p(x_A | x_B)`` as well.
+        max_quantities: No list is longer than this.
+
+    Raises:
+        ValueError: For no names, a name that stands there twice, or more quantities than that.
+
+    Example:
+        >>> for of, given in all_quantities(["image", "label"]):
+        ...     print(quantity_name(of, given))
+        log p(image)
+        log p(label)
+        log p(image, label)
+        log p(image | label)
+        log p(label | image)
+    """
+    names = list(names)
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"all_quantities: expected names of modalities, each once, found {names}")
+    count = 3 ** len(names) - 2 ** len(names) if conditionals else 2 ** len(names) - 1
+    if count > max_quantities:
+        raise ValueError(
+            f"all_quantities: expected at most {max_quantities} quantities, found {count} of "
+            f"{len(names)} modalities; name fewer, leave out conditionals=True, or raise "
+            "max_quantities"
+        )
+    found: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+    for num_given in range(len(names) if conditionals else 1):
+        for num_of in range(1, len(names) - num_given + 1):
+            for of in combinations(names, num_of):
+                rest = [name for name in names if name not in of]
+                found += [(of, given) for given in combinations(rest, num_given)]
+    return found
+
+
+class _Passes:
+    """Tells how far several runs over the rows have come."""
+
+    def __init__(
+        self, tell: Callable[[int, int], None] | None, before: int, unit: int, total: int
+    ) -> None:
+        self.tell, self.before, self.unit, self.total = tell, before, unit, total
+
+    def __call__(self, done: int, rows: int) -> None:
+        if self.tell:
+            self.tell(self.before + self.unit * done // rows, self.total)
+        if done == rows:
+            self.before += self.unit
+
+
+class _Growth(NamedTuple):
+    """How many draws a row gets: K, or twice as many until an error is small enough."""
+
+    num_samples: int
+    target: float | None
+    max_samples: int
+
+    @classmethod
+    def make(cls, num_samples: int, target: float | None, max_samples: int | None) -> _Growth:
+        if num_samples < 1:
+            raise ValueError(f"log_likelihood: expected num_samples >= 1, found {num_samples}")
+        if target is None:
+            if max_samples is not None:
+                raise ValueError(
+                    f"log_likelihood: expected target_mcse with max_samples={max_samples}, found "
+                    "none; set the standard error that rows should reach"
+                )
+            return cls(num_samples, None, num_samples)
+        if not (target > 0 and math.isfinite(target)):
+            raise ValueError(
+                f"log_likelihood: expected target_mcse > 0, found {target}; it is a standard error "
+                "in nats, such as 0.05"
+            )
+        most = 100 * num_samples if max_samples is None else max_samples
+        if most < num_samples:
+            raise ValueError(
+                f"log_likelihood: expected max_samples of at least num_samples={num_samples}, "
+                f"found {most}; rows start with num_samples draws"
+            )
+        return cls(num_samples, target, most)
+
+    def attrs(self) -> dict[str, Any]:
+        return {"target_mcse": self.target, "max_samples": self.max_samples}
+
+    def above(self, rows: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The rows with an estimate whose error, to round-off, is above the target."""
+        assert self.target is not None
+        reached = rows["mcse"] <= self.target * (1 + 1e-12)
+        return ~np.isnan(rows["log_prob"]) & ~reached
+
+
 class _Sampler:
     """Importance sampling of marginals of one model on one set of rows, in flat memory."""
 
@@ -245,14 +451,12 @@ class _Sampler:
         vae: Pair,
         x: Mapping[str, Tensor],
         observed: Mapping[str, Tensor] | None,
-        num_samples: int,
+        growth: _Growth,
         prior_share: float,
         guide: Callable[..., Any] | None,
         chunk_size: int | None,
         on_chunk: Callable[[int, int], None] | None,
     ) -> None:
-        if num_samples < 1:
-            raise ValueError(f"log_likelihood: expected num_samples >= 1, found {num_samples}")
         if not 0 <= prior_share < 1:
             raise ValueError(
                 f"log_likelihood: expected 0 <= prior_share < 1, found {prior_share}; it is the "
@@ -269,8 +473,8 @@ class _Sampler:
             for name in vae.modalities
         }
         self.device = device_of(vae)
-        self.num_samples = num_samples
-        self.from_prior = min(round(prior_share * num_samples), num_samples - 1)
+        self.growth, self.num_samples = growth, growth.num_samples
+        self.from_prior = min(round(prior_share * self.num_samples), self.num_samples - 1)
         self.chunk_size = chunk_size or _CHUNK.get(self.device.type, _CHUNK["cpu"])
         self.on_chunk = on_chunk
 
@@ -292,21 +496,60 @@ class _Sampler:
         """The rows that have any of the named modalities, ``(N,)``."""
         return torch.stack([self.masks[name] for name in names]).any(0).numpy()
 
-    def marginal(self, scored: Sequence[str], sees: Sequence[str] | None, seed: int) -> Arrays:
+    def targets(self, given: Sequence[str]) -> np.ndarray | None:
+        """Standard error of each row that the two parts of a conditional need, ``(N,)``."""
+        if self.growth.target is None:
+            return None
+        two = self.has(given) if given else np.zeros(self.num_rows, dtype=bool)
+        return self.growth.target / np.sqrt(1.0 + two)
+
+    def marginal(
+        self,
+        scored: Sequence[str],
+        sees: Sequence[str] | None,
+        seed: int,
+        target: np.ndarray | None = None,
+    ) -> Arrays:
         """``log p(x_scored)`` of every row; NaN in rows that have nothing of it."""
-        result = {kind: np.full(self.num_rows, np.nan) for kind in _ESTIMATES}
+        kinds = (*_ESTIMATES, "num_samples")
+        result = {kind: np.full(self.num_rows, np.nan) for kind in kinds}
         rows = torch.as_tensor(self.has(scored)).nonzero().squeeze(-1)
         sees = scored if sees is None else sees
         per_block = max(1, min(_ROWS, self.chunk_size)) if self.device.type == "cpu" else 1024
         with quiet(self.vae, seed):
             for start in range(0, len(rows), per_block):
                 index = rows[start : start + per_block]
-                block = self._block(index, scored, sees)
-                for kind, values in block.items():
-                    result[kind][index.numpy()] = values.cpu().numpy()
+                for done, block in self._until(index, scored, sees, target):
+                    for kind, values in block.items():
+                        result[kind][done.numpy()] = values.cpu().numpy()
                 if self.on_chunk:
                     self.on_chunk(min(start + per_block, len(rows)), len(rows))
         return result
+
+    def _until(
+        self,
+        index: Tensor,
+        scored: Sequence[str],
+        sees: Sequence[str],
+        target: np.ndarray | None,
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """The results of some rows, as soon as they have enough draws."""
+        total, summary = 1, None
+        while len(index):
+            # As many draws as there are, with a sum in the units of the first ones.
+            times = total if summary else 0
+            summary = self._block(index, scored, sees, max(times, 1), summary)
+            total += times
+            found = summary.result(partial=True)
+            found["log_prob"] = found["log_prob"] - math.log(total)
+            found["num_samples"] = torch.full_like(found["ess"], total * self.num_samples)
+            more = torch.zeros_like(found["ess"], dtype=torch.bool)
+            if target is not None and 2 * total * self.num_samples <= self.growth.max_samples:
+                more = ~(found["mcse"] <= torch.as_tensor(target)[index].to(more.device))
+            here = more.cpu()
+            yield index[~here], {kind: values[~more] for kind, values in found.items()}
+            summary.keep(more)
+            index = index[here]
 
     def _select(
         self, index: Tensor, names: Sequence[str]
@@ -317,9 +560,14 @@ class _Sampler:
         return x, {name: m.to(self.device) for name, m in masks.items() if not bool(m.all())}
 
     def _block(
-        self, index: Tensor, scored: Sequence[str], sees: Sequence[str]
-    ) -> dict[str, Tensor]:
-        """All draws of some rows, a chunk at a time."""
+        self,
+        index: Tensor,
+        scored: Sequence[str],
+        sees: Sequence[str],
+        times: int,
+        summary: WeightSummary | None,
+    ) -> WeightSummary:
+        """`times` K draws of some rows, a chunk at a time; weights are summed as if of K."""
         x, observed = self._select(index, scored)
         given, seen = self._select(index, sees)
         num_rows = len(index)
@@ -327,17 +575,17 @@ class _Sampler:
         if self.guide is None and given and isinstance(self.vae, MultimodalVAE):
             kwargs["experts"] = self.vae.encode(given, seen)
         guide = self.vae.guide if self.guide is None else self.guide
-        from_guide = self.num_samples - self.from_prior
-        summary: WeightSummary | None = None
+        from_prior = times * self.from_prior
+        from_guide = times * self.num_samples - from_prior
         strata = 1
         for start, num in self._chunks(from_guide, num_rows):
             draws = draw(guide, given, seen, num, start=start, total=from_guide, **kwargs)
             log_p, trace = log_joint(self.vae.model, x, observed, draws, num)
             log_q = self._defended(log_proposal(draws, num_rows), log_prior(trace, num_rows))
+            strata = 1 if draws.mixture is None else draws.mixture.log_weights.shape[-1]
             if summary is None:
-                strata = 1 if draws.mixture is None else draws.mixture.log_weights.shape[-1]
                 extra = int(self.from_prior > 0)
-                summary = WeightSummary(self.num_samples, num_strata=strata + extra)
+                summary = WeightSummary(self.growth.max_samples, num_strata=strata + extra)
             coef = draws.log_coef + math.log(from_guide / self.num_samples)
             stratum = draws.component
             if stratum is None and self.from_prior:
@@ -345,7 +593,7 @@ class _Sampler:
             summary.update(log_p - log_q, coef, stratum)
         assert summary is not None
         always = {name: given[name] for name in self.vae.always_given}
-        for start, num in self._chunks(self.from_prior, num_rows):
+        for start, num in self._chunks(from_prior, num_rows):
             # Without observations the model itself is the guide that draws from the prior.
             draws = draw(
                 self.vae.model,
@@ -353,16 +601,16 @@ class _Sampler:
                 None,
                 num,
                 start=start,
-                total=self.from_prior,
+                total=from_prior,
                 stratified=False,  # a prior may have more components than draws
                 num_rows=num_rows,
             )
             log_p, trace = log_joint(self.vae.model, x, observed, draws, num)
             again = replay(guide, given, seen, draws, num, **kwargs)
             log_q = self._defended(log_proposal(again, num_rows), log_prior(trace, num_rows))
-            coef = draws.log_coef + math.log(self.from_prior / self.num_samples)
+            coef = draws.log_coef + math.log(from_prior / self.num_samples)
             summary.update(log_p - log_q, coef, coef.new_full((1, 1), strata))
-        return summary.result()
+        return summary
 
     def _chunks(self, total: int, num_rows: int) -> Iterator[tuple[int, int]]:
         """First index and number of the draws of each chunk."""
@@ -394,6 +642,7 @@ def _difference(joint: Arrays, known: Arrays, *, empty: float) -> Arrays:
         "pareto_k": np.where(
             nothing, joint["pareto_k"], np.maximum(joint["pareto_k"], known["pareto_k"])
         ),
+        "num_samples": np.fmax(joint["num_samples"], known["num_samples"]),
     }
 
 
@@ -403,12 +652,13 @@ def _conditional(
     of: tuple[str, ...],
     given: tuple[str, ...],
     seed: int,
+    target: np.ndarray | None,
 ) -> Arrays:
     def marginal(names: Iterable[str]) -> Arrays:
         key = tuple(name for name in sampler.vae.modalities if name in set(names))
         if key not in known:
             # A seed of its own for each marginal: differences are of independent draws.
-            known[key] = sampler.marginal(key, None, seed + len(known))
+            known[key] = sampler.marginal(key, None, seed + len(known), target)
         return known[key]
 
     rows = marginal((*of, *given))
@@ -417,19 +667,12 @@ def _conditional(
     return {kind: np.where(absent, np.nan, values) for kind, values in rows.items()}
 
 
-def _summary(rows: Arrays) -> dict[str, float]:
-    kept = ~np.isnan(rows["log_prob"])
-    count = int(kept.sum())
-    if count == 0:
-        return {"num_rows": 0.0}
-    values, k = rows["log_prob"][kept], rows["pareto_k"][kept]
-    return {
-        "mean": float(values.mean()),
-        "standard_error": float(values.std(ddof=1) / np.sqrt(count)) if count > 1 else np.nan,
-        "mcse": float(np.sqrt(np.square(rows["mcse"][kept]).sum()) / count),
-        "pareto_k": float((k > _UNRELIABLE).mean()) if not np.isnan(k).all() else np.nan,
-        "num_rows": float(count),
-    }
+def _counts(values: np.ndarray) -> np.ndarray:
+    return np.nan_to_num(values).astype(int)
+
+
+def _num_rows(x: Mapping[str, Tensor]) -> int:
+    return next((len(v) for v in x.values() if isinstance(v, Tensor) and v.dim()), 0)
 
 
 def _as_tuple(names: str | Sequence[str]) -> tuple[str, ...]:

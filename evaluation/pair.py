@@ -61,8 +61,10 @@ class PyroPair(nn.Module):
 
     The model has one site for each modality, of that name, with ``obs=x[name]``. It need not look
     at ``observed``: missing rows are masked from outside, and what is to be generated is set free.
-    The guide samples the latents of the model and sees of ``x`` what ``observed`` shows. Networks
-    must take leading dimensions, since draws come as ``(K, N, D)``.
+    Given the latents the modalities must be independent of each other, as in every model of the
+    zoo: only then is a missing one marginalised by leaving its site out. The guide samples the
+    latents of the model and sees of ``x`` what ``observed`` shows. Networks must take leading
+    dimensions, since draws come as ``(K, N, D)``.
 
     Args:
         model: The generative story.
@@ -74,7 +76,8 @@ class PyroPair(nn.Module):
             would need another is left out of tables, with the reason.
 
     Raises:
-        ValueError: For an unknown modality, or a model without one site for each modality.
+        ValueError: For an unknown modality, a model without one site for each modality, or one in
+            which a site depends on the value of a modality.
     """
 
     #: As for models of the zoo: what every row must have.
@@ -107,6 +110,7 @@ class PyroPair(nn.Module):
             named = (modality_names(self.modalities, subset, where) for subset in subsets)
             self.subsets = {frozenset(subset) for subset in named}
         self.latent_sites = self._find_sites()
+        self._check_independence()
 
     def model(
         self,
@@ -225,6 +229,35 @@ class PyroPair(nn.Module):
                 )
         found = [name for name, node in sites.items() if not node["is_observed"]]
         return tuple(name for name in found if not _is_plate(sites[name]))
+
+    def _check_independence(self) -> None:
+        """Refuses a model in which a modality is the parent of another site.
+
+        Scores the same latents twice, with two sets of values of one modality after the other.
+        """
+        rows = 4
+        with quiet(self, seed=0):
+            free = poutine.trace(self.model).get_trace(
+                dict.fromkeys(self.modalities), num_rows=rows
+            )
+            latents = {name: free.nodes[name]["value"] for name in self.latent_sites}
+            drawn = {name: free.nodes[name]["value"] for name in self.modalities}
+            model = poutine.trace(poutine.condition(self.model, data=latents))
+            for name, value in drawn.items():
+                others = {other: each for other, each in drawn.items() if other != name}
+                before, after = (
+                    model.get_trace(others | {name: each}) for each in (value, value.flip(0))
+                )
+                for trace in (before, after):
+                    trace.compute_log_prob()
+                for site in (*self.latent_sites, *others):
+                    old, new = (each.nodes[site]["log_prob"] for each in (before, after))
+                    if not torch.allclose(old, new, rtol=1e-3, atol=1e-4, equal_nan=True):
+                        raise ValueError(
+                            f"PyroPair {self.title!r}: expected modalities that depend on the "
+                            f"latents alone, found that site {site!r} depends on {name!r}; a row "
+                            f"without {name!r} could not be scored by leaving its site out"
+                        )
 
 
 Pair = MultimodalVAE | PyroPair

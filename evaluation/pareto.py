@@ -92,6 +92,11 @@ class WeightSummary:
         tensor([200., 200., 200.], dtype=torch.float64)
     """
 
+    _shift: Tensor  # (N,)
+    _count: Tensor  # (C, N), as are the next two
+    _mean: Tensor
+    _spread: Tensor
+
     def __init__(self, num_draws: int, *, num_strata: int = 1) -> None:
         if num_draws < 1 or num_strata < 1:
             raise ValueError(
@@ -131,15 +136,30 @@ class WeightSummary:
         self._add_moments(terms, counted, stratum)
         self._add_tail(terms)
 
-    def result(self) -> dict[str, Tensor]:
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the rows only.
+
+        Args:
+            rows: Which, a bool mask (N,) or indices.
+        """
+        self._shift = self._shift[rows]
+        self._count, self._mean, self._spread = (
+            each[:, rows] for each in (self._count, self._mean, self._spread)
+        )
+        self._tail = [part[rows] for part in self._tail]
+
+    def result(self, *, partial: bool = False) -> dict[str, Tensor]:
         """Estimate and diagnostics, each of shape (N,) in float64.
+
+        Args:
+            partial: Whether it is asked for before all draws have come.
 
         Returns:
             `log_prob`, log of the estimate; `mcse`, its standard error by the delta method
             (NaN where a stratum has a single draw or every weight is zero); `ess`, effective
             sample size (sum w)^2 / sum w^2; `pareto_k`, see `pareto_k`.
         """
-        if self._seen != self.num_draws:
+        if self._seen != self.num_draws and not (partial and self._seen):
             raise ValueError(
                 f"WeightSummary: expected {self.num_draws} draws, found {self._seen}; "
                 "update it with every chunk before asking for the result"

@@ -2,9 +2,10 @@
 
 The folder of a model is a run of its own, and a comparison is a folder of such folders:
 
-    runs/digits/            config.toml  table.csv  table.md  report.html  figures/
+    runs/digits/            config.toml  table.csv  table.md  table.tex  differences.csv
+                            report.html  figures/
     runs/digits/mvae/       config.toml  config.json  model.safetensors  history.nc
-                            evaluation.nc  table.nc
+                            evaluation.nc  checks.nc  table.nc
 
 Each file is written beside its place and then moved there; `history.nc` says that training is over,
 `table.nc` that the evaluation is.
@@ -27,9 +28,19 @@ import xarray as xr
 from pyro.infer import ELBO
 
 from mmzoo.data import DATASETS, MultimodalDataset, load, missing_completely_at_random
+from mmzoo.evaluation.checks import check_model, default_classifiers
 from mmzoo.evaluation.config import RunConfig, read_config, write_config
-from mmzoo.evaluation.datatree import save_datatree, to_datatree
+from mmzoo.evaluation.datatree import load_datatree, save_datatree, to_datatree
 from mmzoo.evaluation.likelihood import likelihood_table
+from mmzoo.evaluation.tables import (
+    FLAGGED_SHARE,
+    paired_differences,
+    table_cells,
+    table_note,
+    to_csv,
+    to_latex,
+    to_markdown,
+)
 from mmzoo.inference import SubsetELBO, fit
 from mmzoo.modality import Modality
 from mmzoo.models import MODELS
@@ -38,8 +49,9 @@ from mmzoo.seeding import seeded
 from mmzoo.vae import MultimodalVAE
 
 if TYPE_CHECKING:
-    import pandas
     from matplotlib.figure import Figure, SubFigure
+
+    from mmzoo.evaluation.classifiers import ClassifierLike
 
 __all__ = [
     "FLAGGED_SHARE",
@@ -58,9 +70,6 @@ __all__ = [
     "write_summary",
 ]
 
-FLAGGED_SHARE = 0.1
-"""A likelihood with a larger share of rows whose Pareto k exceeds 0.7 is marked as unreliable."""
-
 OnChunk = Callable[[str, int, int], None]
 _KEPT_ROWS, _KEPT_DRAWS = 100, 100  # of evaluation.nc
 _PICTURE_ROWS, _PLANE_ROWS = 10, 1000
@@ -70,8 +79,10 @@ _MODEL_FILES = (
     "model.safetensors",
     "history.nc",
     "evaluation.nc",
+    "checks.nc",
     "table.nc",
 )
+_SUMMARY_FILES = ("table.csv", "table.md", "table.tex", "differences.csv", "report.html")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +95,7 @@ class Run:
         vae: The model, in evaluation mode.
         history: Of its training.
         table: Its likelihoods and accuracies, None before it is evaluated.
+        checks: What :func:`mmzoo.evaluation.checks.check_model` found, None where it was not asked.
     """
 
     folder: Path
@@ -91,6 +103,7 @@ class Run:
     vae: MultimodalVAE
     history: xr.Dataset
     table: xr.Dataset | None
+    checks: xr.DataTree | None = None
 
 
 # Making -----------------------------------------------------------------------------------------
@@ -106,13 +119,20 @@ def model_class(name: str) -> type[MultimodalVAE]:
 def load_data(config: RunConfig) -> tuple[MultimodalDataset, MultimodalDataset]:
     """The training rows, with their simulated missingness, and the complete test rows."""
     binarize = None if config.binarize == "none" else config.binarize
-    train, test = load(config.data, config.root, binarize=binarize, seed=config.seed)
+    seed = _data_seed(config)
+    train, test = load(config.data, config.root, binarize=binarize, seed=seed)
     if config.limit is not None:
         train, test = (rows.subset(range(min(len(rows), config.limit))) for rows in (train, test))
+    if config.test_rows is not None:
+        test = test.subset(range(min(len(test), config.test_rows)))
     if config.missing:
-        masks = missing_completely_at_random(train, config.missing, seed=config.seed)
+        masks = missing_completely_at_random(train, config.missing, seed=seed)
         train = train.with_observed(masks)
     return train, test
+
+
+def _data_seed(config: RunConfig) -> int:
+    return config.seed if config.data_seed is None else config.data_seed
 
 
 def build(
@@ -228,7 +248,7 @@ def _check_same(folder: Path, before: RunConfig, now: RunConfig) -> None:
 def _clear(folder: Path, config: RunConfig) -> None:
     """Removes what an older run left, and nothing else."""
     for each in (folder, *(folder / model for model in MODELS)):
-        for name in (*_MODEL_FILES, "config.toml", "table.csv", "table.md", "report.html"):
+        for name in (*_MODEL_FILES, "config.toml", *_SUMMARY_FILES):
             (each / name).unlink(missing_ok=True)
     if (folder / "figures").is_dir():
         shutil.rmtree(folder / "figures")
@@ -308,9 +328,14 @@ def _read_model(folder: Path, config: RunConfig) -> Run:
             f"mmzoo train --config {folder}/config.toml --resume"
         )
     vae = model_class(config.models[0]).from_pretrained(folder).eval()
-    table = folder / "table.nc"
+    table, checks = folder / "table.nc", folder / "checks.nc"
     return Run(
-        folder, config, vae, _read(folder / "history.nc"), _read(table) if table.is_file() else None
+        folder,
+        config,
+        vae,
+        _read(folder / "history.nc"),
+        _read(table) if table.is_file() else None,
+        load_datatree(checks) if checks.is_file() else None,
     )
 
 
@@ -337,24 +362,36 @@ def _read(path: Path) -> xr.Dataset:
 def evaluate_run(
     run: Run,
     *,
+    train: MultimodalDataset | None = None,
     test: MultimodalDataset | None = None,
     num_samples: int | None = None,
     prior_share: float | None = None,
     limit: int | None = None,
+    checks: bool = True,
+    classifiers: Mapping[str, ClassifierLike] | None = None,
     on_chunk: OnChunk | None = None,
 ) -> Run:
-    """Likelihoods, accuracies and the ArviZ export of a model, kept in its folder.
+    """Likelihoods, accuracies, checks and the ArviZ export of a model, kept in its folder.
 
     Args:
         run: The trained model.
+        train: Training rows, if they are at hand.
         test: Test rows, if they are at hand.
         num_samples: Importance samples of each row; default: as configured.
         prior_share: Share of them that the prior gives; default: as configured.
         limit: Only the first so many test rows.
-        on_chunk: As in :func:`mmzoo.evaluation.likelihood_table`.
+        checks: Whether to run :func:`mmzoo.evaluation.checks.check_model`, too.
+        classifiers: For the checks; default: those of
+            :func:`mmzoo.evaluation.checks.default_classifiers`.
+        on_chunk: As in :func:`mmzoo.evaluation.likelihood_table`; checks have no rows to count.
     """
     config, vae = run.config, run.vae
-    test = load_data(config)[1] if test is None else test
+    if test is None or (checks and train is None):
+        found = load_data(config)
+        train, test = (
+            known if known is not None else new
+            for known, new in zip((train, test), found, strict=True)
+        )
     if limit is not None:
         test = test.subset(range(min(len(test), limit)))
     num_samples = config.num_samples if num_samples is None else num_samples
@@ -390,9 +427,29 @@ def evaluate_run(
         seed=config.seed,
     )
     save_datatree(tree, run.folder / "evaluation.nc")
-    _save(table, run.folder / "table.nc")
+    checked = None
+    (run.folder / "checks.nc").unlink(missing_ok=True)
+    if checks:
+        assert train is not None
+        checked = check_model(
+            vae,
+            test,
+            train=train,
+            classifiers=default_classifiers(train) if classifiers is None else classifiers,
+            prior_share=prior_share,
+            seed=config.seed,
+            on_check=_telling_checks(vae.title, on_chunk),
+        )
+        save_datatree(checked, run.folder / "checks.nc")
+    _save(table, run.folder / "table.nc")  # the last one: its presence says that all is there
     vae.to("cpu")
-    return dataclasses.replace(run, table=table)
+    return dataclasses.replace(run, table=table, checks=checked)
+
+
+def _telling_checks(title: str, on_chunk: OnChunk | None) -> Callable[[str, int, int], None] | None:
+    if on_chunk is None:
+        return None
+    return lambda name, done, total: on_chunk(f"{title} {name.replace('_', ' ')}", 0, 0)
 
 
 def _identity(config: RunConfig, rows: int) -> dict[str, Any]:
@@ -400,7 +457,7 @@ def _identity(config: RunConfig, rows: int) -> dict[str, Any]:
     return {
         "data": config.data,
         "binarize": config.binarize,
-        "data_seed": config.seed,
+        "data_seed": _data_seed(config),
         "rows": rows,
     }
 
@@ -513,37 +570,12 @@ def _titles(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def table_cells(table: xr.Dataset) -> dict[str, dict[str, str]]:
-    """A table as text: column to model to cell; an unreliable mean has a mark ``!`` and the share.
-
-    Args:
-        table: Result of :func:`merge_tables`.
-    """
-    columns: dict[str, dict[str, str]] = {}
-    for quantity in map(str, table["quantity"].values):
-        cells = table.sel(quantity=quantity)
-        columns[quantity] = {
-            str(model): _cell(cells.sel(model=model)) for model in table["model"].values
-        }
-    for predicted in map(str, table["predicted"].values) if "predicted" in table.dims else ():
-        accuracy = table["accuracy"].sel(predicted=predicted)
-        columns[f"accuracy {predicted}"] = {
-            str(model): "–" if np.isnan(share) else f"{100 * float(share):.1f} %"
-            for model, share in zip(table["model"].values, accuracy.values, strict=True)
-        }
-    return columns
-
-
-def _cell(cell: xr.Dataset) -> str:
-    mean, error, share = (float(cell[key]) for key in ("mean", "standard_error", "pareto_k"))
-    if np.isnan(mean):
-        return "–"
-    text = f"{mean:.2f}" if np.isnan(error) else f"{mean:.2f} ± {error:.2f}"
-    return f"{text} !{100 * share:.0f}%" if share > FLAGGED_SHARE else text
-
-
 def write_summary(runs: Sequence[Run], folder: str | os.PathLike[str], command: str) -> xr.Dataset:
-    """Writes `table.csv`, `table.md`, the figures and `report.html` of evaluated models.
+    """Writes the tables, the figures and `report.html` of evaluated models.
+
+    The tables are `table.csv`, `table.md` and `table.tex`, and `differences.csv`, the paired
+    differences to the best model, which stand in `table.md` as well. Evaluations that an older
+    version wrote without the values of single rows have no differences.
 
     Args:
         runs: The models.
@@ -559,8 +591,7 @@ def write_summary(runs: Sequence[Run], folder: str | os.PathLike[str], command: 
     folder = Path(folder)
     table = merge_tables(runs)
     folder.mkdir(parents=True, exist_ok=True)
-    _frame(table).to_csv(folder / "table.csv", index=False)
-    (folder / "table.md").write_text(_markdown(table), encoding="utf-8")
+    _write_tables(table, folder)
     histories = dict(zip(_titles(runs), (run.history for run in runs), strict=True))
     pictures = folder / "figures"
     pictures.mkdir(exist_ok=True)
@@ -580,11 +611,29 @@ def write_summary(runs: Sequence[Run], folder: str | os.PathLike[str], command: 
         table=table,
         histories=histories,
         figures=captions,
+        checks={
+            title: run.checks
+            for title, run in zip(_titles(runs), runs, strict=True)
+            if run.checks is not None
+        },
         config={run.folder.name: run.config.as_dict() for run in runs},
         command=command,
         lead=_lead(table, first),
     )
     return table
+
+
+def _write_tables(table: xr.Dataset, folder: Path) -> None:
+    to_csv(table, folder / "table.csv")
+    (folder / "table.tex").write_text(to_latex(table), encoding="utf-8")
+    text = to_markdown(table)
+    (folder / "differences.csv").unlink(missing_ok=True)
+    if "log_prob" in table:
+        differences = paired_differences(table)
+        to_csv(differences, folder / "differences.csv")
+        if table.sizes["model"] > 1:
+            text += f"\n{to_markdown(differences)}"
+    (folder / "table.md").write_text(text, encoding="utf-8")
 
 
 def _lead(table: xr.Dataset, config: RunConfig) -> str:
@@ -593,41 +642,6 @@ def _lead(table: xr.Dataset, config: RunConfig) -> str:
         f"{info.description} Likelihoods of {table.attrs['rows']} test rows with "
         f"{table.attrs['num_samples']} importance samples each. Data: {info.source}, {info.url}"
     )
-
-
-def _frame(table: xr.Dataset) -> pandas.DataFrame:
-    """One line for each model and quantity, the accuracies below."""
-    frame = table.drop_dims("predicted", errors="ignore").to_dataframe().reset_index()
-    if "predicted" not in table.dims:
-        return frame
-    import pandas as pd
-
-    accuracy = table["accuracy"].to_dataframe().reset_index()
-    accuracy["quantity"] = "accuracy " + accuracy.pop("predicted")
-    accuracy["num_rows"] = table.attrs["rows"]
-    return pd.concat([frame, accuracy.rename(columns={"accuracy": "mean"})], ignore_index=True)
-
-
-def _markdown(table: xr.Dataset) -> str:
-    columns = table_cells(table)
-    lines = ["| model | " + " | ".join(each.replace("|", "\\|") for each in columns) + " |"]
-    lines.append("|---|" + "---:|" * len(columns))
-    for model in map(str, table["model"].values):
-        lines.append(f"| {model} | " + " | ".join(each[model] for each in columns.values()) + " |")
-    return "\n".join([*lines, "", table_note(table), ""])
-
-
-def table_note(table: xr.Dataset) -> str:
-    """What the numbers of a table are."""
-    note = (
-        f"Nats per row, mean ± standard error over {table.attrs['rows']} test rows, "
-        f"{table.attrs['num_samples']} importance samples each"
-    )
-    share = table.attrs["prior_share"]
-    note += f", {100 * share:g} % of them from the prior." if share else "."
-    if bool((table["pareto_k"] > FLAGGED_SHARE).any()):
-        note += " !n%: not reliable, Pareto k > 0.7 in n% of the rows."
-    return note
 
 
 def _pictures(

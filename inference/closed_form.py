@@ -23,7 +23,7 @@ from mmzoo.inference.objective import (
     Schedule,
     at_step,
     merged_terms,
-    owner,
+    own_networks,
     trace_terms,
 )
 from mmzoo.vae import Experts, MultimodalVAE
@@ -153,12 +153,8 @@ class ClosedFormObjective(Objective):
         x: Mapping[str, Tensor | None],
         observed: Mapping[str, Tensor] | None,
     ) -> Visit:
-        where, vae = type(self).__name__, owner(model)
-        if not isinstance(vae, MultimodalVAE) or owner(guide) is not vae:
-            raise ValueError(
-                f"{where}: expected the model and the guide of one MultimodalVAE, whose divergences"
-                f" are known, found {_name(model)} and {_name(guide)}; use a Pyro ELBO"
-            )
+        where = type(self).__name__
+        vae = own_networks(where, model, guide, MultimodalVAE)
         if vae.family != "normal":
             raise ValueError(
                 f"{where}: expected Gaussian posteriors (family 'normal'), found {vae.family!r}; "
@@ -179,7 +175,3 @@ class ClosedFormObjective(Objective):
         beta = at_step(self.beta, self.step, f"{expected} beta")
         lambdas = experts.loc.new_tensor(weights)
         return Visit(vae, (model, guide), batch, experts, vae._full_mask(batch), beta, lambdas)
-
-
-def _name(fn: Callable[..., Any]) -> str:
-    return getattr(fn, "__qualname__", type(fn).__name__)

@@ -31,7 +31,7 @@ from torch import Tensor
 from mmzoo import combine
 from mmzoo.batch import Batch
 from mmzoo.inference.draws import _Fix
-from mmzoo.inference.objective import Objective, owner
+from mmzoo.inference.objective import Objective, own_networks
 from mmzoo.vae import Experts, MultimodalVAE
 
 __all__ = ["CrossModalELBO"]
@@ -119,13 +119,7 @@ class CrossModalELBO(Objective):
     # Private ------------------------------------------------------------------------------------
 
     def _owner(self, model: Callable[..., Any], guide: Callable[..., Any]) -> MultimodalVAE:
-        vae = owner(model)
-        if not isinstance(vae, MultimodalVAE) or owner(guide) is not vae:
-            raise ValueError(
-                "CrossModalELBO: expected the model and the guide of one MultimodalVAE, found "
-                f"{getattr(guide, '__qualname__', type(guide).__name__)}; for a guide of your own "
-                "use ImportanceWeightedELBO"
-            )
+        vae = own_networks("CrossModalELBO", model, guide, MultimodalVAE)
         if self.cross == "auxiliary" and not isinstance(vae, _Auxiliary):
             raise ValueError(
                 f"CrossModalELBO: expected a model with auxiliary priors, found {vae.title}; use "

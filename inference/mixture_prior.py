@@ -29,7 +29,7 @@ from torch import Tensor
 
 from mmzoo import combine
 from mmzoo.batch import modality_names
-from mmzoo.inference.objective import Objective, owner, trace_terms
+from mmzoo.inference.objective import Objective, own_networks, trace_terms
 from mmzoo.vae import MultimodalVAE
 
 __all__ = ["MixturePriorELBO"]
@@ -79,12 +79,7 @@ class MixturePriorELBO(Objective):
         observed: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Minus the objective of a batch, summed over rows; counts as a step of the schedules."""
-        vae = owner(model)
-        if not isinstance(vae, MultimodalVAE) or owner(guide) is not vae:
-            raise ValueError(
-                "MixturePriorELBO: expected model and guide of one MultimodalVAE, whose unimodal "
-                "posteriors make the prior, found others; use SubsetELBO for a guide of your own"
-            )
+        vae = own_networks("MixturePriorELBO", model, guide, MultimodalVAE)
         if self.pairwise and vae.family != "normal":
             raise ValueError(
                 "MixturePriorELBO: expected Gaussian posteriors (family 'normal') for the pairwise "

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from mmzoo.batch import modality_names
 from mmzoo.inference.nexus import drop_messages
-from mmzoo.inference.objective import Objective, owner
+from mmzoo.inference.objective import Objective, own_networks
 from mmzoo.vae import MultimodalVAE
 
 __all__ = ["MMDObjective", "mmd", "mmd_to_normal"]
@@ -124,12 +124,7 @@ class MMDObjective(Objective):
         observed: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Minus the objective of a batch, summed over rows."""
-        vae = owner(model)
-        if not isinstance(vae, MultimodalVAE) or owner(guide) is not vae:
-            raise ValueError(
-                "MMDObjective: expected model and guide of one MultimodalVAE, found others; "
-                "pass vae.model and vae.guide"
-            )
+        vae = own_networks("MMDObjective", model, guide, MultimodalVAE)
         modality_names(vae.modalities, self.modality_weights, "MMDObjective modality_weights")
         batch = vae.check(x, observed)
         present = vae._full_mask(batch)  # (N, M)

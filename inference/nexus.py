@@ -27,7 +27,8 @@ from torch import Tensor
 
 from mmzoo import combine
 from mmzoo.batch import Batch, modality_names
-from mmzoo.inference.objective import Objective, owner, trace_terms
+from mmzoo.inference.objective import Objective, own_networks, trace_terms
+from mmzoo.vae import MultimodalVAE
 
 __all__ = ["NexusELBO", "drop_messages"]
 
@@ -99,11 +100,11 @@ class NexusELBO(Objective):
         observed: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Minus the objective of a batch, summed over rows."""
-        found: Any = owner(model)
-        own = owner(guide) is found
-        if not own or not hasattr(found, "nexus"):
+        found = own_networks("NexusELBO", model, guide, MultimodalVAE)
+        if not hasattr(found, "nexus"):
             raise ValueError(
-                "NexusELBO: expected model and guide of one Nexus, found others; use SubsetELBO"
+                f"NexusELBO: expected a model with a nexus, found {found.title}; use its own "
+                "objective"
             )
         return self._loss(found, model, found.check(x, observed))
 

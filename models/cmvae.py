@@ -28,12 +28,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
 from mmzoo.distributions import Mixture
 from mmzoo.models.mmvaeplus import MMVAEPlus
-from mmzoo.vae import Experts, Rows
+from mmzoo.vae import Rows
 
 __all__ = ["CMVAE"]
 
@@ -119,26 +118,3 @@ class CMVAE(MMVAEPlus):
     ) -> Tensor:
         """The most probable cluster of each row, ``(N,)``."""
         return self.cluster_probs(x, observed, num_samples=num_samples).argmax(-1)
-
-    def _with_prior(
-        self, experts: Experts, mask: Tensor | None, component: bool
-    ) -> TorchDistribution:
-        """Combines, and puts the mixture over clusters where a row has nothing to combine."""
-        q = (self.combine_component if component else self.combine)(experts, mask)
-        if mask is None or bool(mask.any(-1).all()):
-            return q
-        return _choose(~mask.any(-1), self.prior(), q)
-
-
-def _choose(rows: Tensor, yes: Mixture, no: TorchDistribution) -> Mixture:
-    """One mixture in some rows ``(*, N)`` and another elsewhere: the components of both."""
-    if not isinstance(no, Mixture):
-        loc, scale = no.base_dist.loc.unsqueeze(-2), no.base_dist.scale.unsqueeze(-2)
-        no = Mixture(loc.new_zeros(loc.shape[:-1]), loc, scale)
-    yes, where = yes.expand(no.batch_shape), rows.unsqueeze(-1)
-    log_weights = [
-        torch.where(where, yes.log_weights, -torch.inf),
-        torch.where(where, -torch.inf, no.log_weights),
-    ]
-    loc, scale = (torch.cat(each, -2) for each in ((yes.loc, no.loc), (yes.scale, no.scale)))
-    return Mixture(torch.cat(log_weights, -1), loc, scale)

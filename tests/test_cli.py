@@ -22,6 +22,7 @@ from mmzoo.data import DATASETS, digits
 from mmzoo.evaluation import load_datatree
 from mmzoo.evaluation.config import DEFAULT_MODELS, RunConfig, read_config, to_toml, write_config
 from mmzoo.evaluation.runs import build, class_accuracy, load_data, read_run
+from mmzoo.evaluation.tables import aggregate_seeds
 from mmzoo.models import MODELS
 
 TINY = "--data digits --limit 24 --epochs 1 --num-samples 8 --latent-dim 2 --hidden 8".split()
@@ -123,7 +124,7 @@ def test_listing_imports_nothing_heavy() -> None:
 
 def test_comparison_leaves_a_run_folder(compared: Path) -> None:
     files = {path.relative_to(compared).as_posix() for path in compared.rglob("*")}
-    assert {"config.toml", "table.csv", "table.md", "report.html", "figures/training.png"} <= files
+    assert {"config.toml", *runs_module._SUMMARY_FILES, "figures/training.png"} <= files
     for model in ("mvae", "mmvae"):
         assert {f"{model}/{name}" for name in (*runs_module._MODEL_FILES, "config.toml")} <= files
         assert f"figures/{model}-reconstructions.png" in files
@@ -147,6 +148,41 @@ def test_table_holds_what_was_estimated(compared: Path) -> None:
         assert sum(chain) == pytest.approx(found[run.vae.title, "log p(image, label)"], rel=1e-9)
 
 
+def test_differences_are_those_of_the_rows(compared: Path) -> None:
+    first, second = (run.table for run in read_run(compared))
+    assert first is not None and second is not None
+    assert first.sizes["row"] == 24
+    gap = (first["log_prob"].isel(model=0) - second["log_prob"].isel(model=0)).mean("row")
+    found = {(row["model"], row["quantity"]): row for row in read_csv(compared / "differences.csv")}
+    text = (compared / "table.md").read_text()
+    for quantity in map(str, first["quantity"].values):
+        best, other = ("MVAE", "MMVAE") if gap.sel(quantity=quantity) > 0 else ("MMVAE", "MVAE")
+        assert float(found[best, quantity]["difference"]) == 0
+        line = found[other, quantity]
+        assert line["reference"] == best and float(line["num_rows"]) == 24
+        expected = -abs(float(gap.sel(quantity=quantity)))
+        assert float(line["difference"]) == pytest.approx(expected, rel=1e-9)
+        assert f"{expected:+.2f} ± {float(line['standard_error']):.2f}" in text
+    assert text.count("| model |") == 2 and "paired standard error" in text
+    assert (compared / "table.tex").read_text().count(r" \\") == 3
+
+
+def test_evaluation_without_rows_is_still_read(compared: Path) -> None:
+    shutil.copytree(compared, "old")
+    for model in ("mvae", "mmvae"):  # as it was written before there were values of rows
+        path = Path("old", model, "table.nc")
+        with xr.open_dataset(path) as table:
+            old = table.load().drop_dims("row")
+        old.to_netcdf(path, engine="h5netcdf")
+        works("compare", "old", "--out", "summary")
+        lines = Path("summary/table.md").read_text()
+        before = (compared / "table.md").read_text()
+        assert lines.splitlines()[:4] == before.splitlines()[:4]
+        has_rows = model == "mvae"  # then the other one still has them
+        assert Path("summary/differences.csv").exists() == has_rows
+    assert "paired" not in lines and r"\textbf" not in Path("summary/table.tex").read_text()
+
+
 def test_same_command_gives_the_same_table(compared: Path) -> None:
     works(*TWO, "--out", "again")
     assert Path("again/table.csv").read_bytes() == (compared / "table.csv").read_bytes()
@@ -166,6 +202,22 @@ def test_another_seed_gives_another_table(compared: Path) -> None:
     before, now = (read_csv(folder / "table.csv")[0] for folder in (compared, Path("again")))
     assert before["model"] == now["model"]
     assert before["mean"] != now["mean"]
+
+
+def test_seeds_of_training_are_aggregated_on_the_same_rows(compared: Path) -> None:
+    config = compared / "config.toml"
+    for seed in (1, 2):
+        options = ("--seed", seed, "--data-seed", 0, "--models", "mvae")
+        works("compare", "--config", config, *options, "--out", f"s{seed}")
+    tables = [read_run(folder)[0].table for folder in (compared, "s1", "s2")]
+    found = aggregate_seeds([table for table in tables if table is not None])
+    assert found.attrs["seeds"] == [0, 1, 2] and (found["num_seeds"] == 3).all()
+    assert (found["seed_std"] > 0).all()
+    works("compare", "--config", config, "--seed", 3, "--models", "mvae", "--out", "s3")
+    other = read_run("s3")[0].table
+    assert other is not None and tables[0] is not None
+    with pytest.raises(ValueError, match="same rows, found data_seed = 3 instead of 0"):
+        aggregate_seeds([tables[0], other])
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -305,6 +357,7 @@ def test_command_line_of_a_config_repeats_it(monkeypatch: pytest.MonkeyPatch) ->
         missing={"label": 0.25},
         options={"mwvae": {"alignment_weight": 2.5, "modality_weights": {"label": 10}}},
         seed=3,
+        data_seed=5,
         limit=20,
     )
     found = []
@@ -403,6 +456,11 @@ def test_missing_rows_are_simulated_in_training_rows_only() -> None:
     assert bool(torch.stack(list(train.observed.values())).any(0).all())
 
 
+def test_fewer_test_rows_leave_the_training_rows_alone() -> None:
+    train, test = load_data(RunConfig.make("digits", limit=100, test_rows=7))
+    assert (len(train), len(test)) == (100, 7)
+
+
 def test_accuracy_of_a_constant_prediction() -> None:
     """A decoder that always says three is right as often as there are threes."""
     config = RunConfig.make("digits", limit=50, hidden=(4,), latent_dim=2)
@@ -456,6 +514,7 @@ BAD = {
     "batch size": ([*TRAIN, "--batch-size", "0"], "batch_size: expected at least 1, found 0"),
     "latent dim": ([*TRAIN, "--latent-dim", "0"], "latent_dim: expected at least 1, found 0"),
     "limit": ([*TRAIN, "--limit", "0"], "limit: expected at least 1, found 0"),
+    "test rows": ([*TRAIN, "--test-rows", "0"], "test_rows: expected at least 1, found 0"),
     "seed": ([*TRAIN, "--seed", "-1"], "seed: expected at least 0, found -1"),
     "threads": ([*TRAIN, "--threads", "0"], "threads: expected at least 1, found 0"),
     "samples": ([*TRAIN, "--num-samples", "0"], "num_samples: expected at least 1, found 0"),
@@ -588,7 +647,8 @@ def test_debug_shows_the_traceback() -> None:
 
 def test_accuracy_that_a_model_does_not_have_is_an_empty_cell() -> None:
     works("compare", *TINY, "--models", "cvae,mvae", "--out", "run")  # CVAE is given the label
-    rows = [line.split("|") for line in Path("run/table.md").read_text().splitlines()]
+    first = Path("run/table.md").read_text().split("Nats per row")[0]
+    rows = [line.split("|") for line in first.splitlines()]
     accuracy = {row[1].strip(): row[-2].strip() for row in rows if len(row) > 3}
     assert accuracy["CVAE"] == "–"
     assert accuracy["MVAE"].endswith(" %")

@@ -275,7 +275,7 @@ def test_foreign_pairs_are_refused():
     def guide(x, observed=None):
         pyro.sample("z", Normal(torch.zeros(2), 1.0).to_event(1))
 
-    with pytest.raises(ValueError, match="found .*guide; for a guide of your own use Importance"):
+    with pytest.raises(ValueError, match="found .*guide; use SubsetELBO for a guide of your own"):
         CrossModalELBO().loss(vae.model, guide, x)
     with pytest.raises(ValueError, match="auxiliary priors, found MMVAE; use cross='prior'"):
         CrossModalELBO().loss(other.model, other.guide, x)

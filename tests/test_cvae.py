@@ -173,7 +173,7 @@ def test_tree_holds_what_a_conditional_model_answers():
     tree = to_datatree(vae, x, num_draws=2, num_samples=3)
     assert tree["posterior"].coords["subset"].values.tolist() == ["a+b+c", "c", "a+c", "b+c"]
     assert set(tree["posterior_predictive"].data_vars) == {"a", "b"}
-    assert set(tree["log_likelihood"].data_vars) == {"a", "b"}
+    assert set(tree["log_likelihood"].data_vars) == {"a", "b", "joint"}
     assert "prior" not in tree.children
     expected = exact(x, {}, ["a", "b"], ["c"]).numpy()
     np.testing.assert_allclose(tree["constant_data"]["log_prob"], expected, rtol=0, atol=EXACT)

@@ -6,6 +6,7 @@ import os
 import warnings
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pyro
@@ -14,9 +15,11 @@ import pytest
 import torch
 import xarray as xr
 from torch import Tensor, nn
+from zoo import CASES, batch, case, masks
 
 from mmzoo import Modality
 from mmzoo.evaluation.datatree import load_datatree, save_datatree, to_datatree
+from mmzoo.evaluation.pair import PyroPair
 from mmzoo.exact import LinearGaussianWorld
 from mmzoo.models import MODELS
 from mmzoo.vae import MultimodalVAE
@@ -204,7 +207,170 @@ def test_a_guide_of_ones_own_is_used() -> None:
     z = tree["posterior"]["z"].mean(("chain", "draw", "latent"))
     expected = 100.0 * (observed["image"] & observed["label"])
     np.testing.assert_allclose(z.sel(subset="image+label"), expected, atol=5e-3 / 8**0.5)
-    np.testing.assert_allclose(z.sel(subset="image"), 0 * expected, atol=5e-3 / 8**0.5)
+    informed = observed["image"].numpy()  # the others hold the prior
+    np.testing.assert_allclose(z.sel(subset="image")[informed], 0.0, atol=5e-3 / 8**0.5)
+    assert (np.abs(z.sel(subset="image")[~informed]) > 5e-3 / 8**0.5).all()
+
+
+def biased_guide(x: dict[str, Tensor], observed: dict[str, Tensor] | None = None) -> None:
+    """The exact posterior, one deviation away and too wide: its weights are bounded."""
+    exact = world().posterior(x, observed)
+    scale = exact.variance.sqrt()
+    with pyro.plate("data", len(next(iter(x.values()))), dim=-1):
+        pyro.sample("z", dist.Normal(exact.mean + scale, 1.4 * scale).to_event(1))
+
+
+@pytest.mark.parametrize("resampled", [False, True])
+def test_resampled_draws_match_the_exact_posterior(resampled: bool) -> None:
+    """Those of a biased guide do not, unless they are resampled; under every subset."""
+    x, observed = holed_data()
+    options = {"num_draws": 1000, "num_samples": 0, "guide": biased_guide}
+    tree = to_datatree(exact_vae(), x, observed, resampled=resampled, num_proposals=4000, **options)
+    worst = []
+    for subset in ("image+label", "image", "label"):
+        seen = {name: mask & (name in subset) for name, mask in observed.items()}
+        informed = torch.stack(list(seen.values())).any(0)
+        exact = world().posterior(x, seen)
+        z = torch.tensor(tree["posterior"]["z"].sel(subset=subset, chain=0).values)[:, informed]
+        # Errors of the proposals, by their effective number, and of the draw from them.
+        share = 1 / 1000
+        if resampled:
+            ess = tree["constant_data"]["posterior_ess"].sel(subset=subset).values
+            share = share + 1 / torch.tensor(ess)[informed, None]
+        variance = exact.variance[informed]
+        error = (z.mean(0) - exact.mean[informed]) / (variance * share).sqrt()
+        spread = (z.var(0) / variance - 1) / (2 * torch.as_tensor(share)).sqrt()
+        worst.append(max(float(error.abs().max()), float(spread.abs().max())))
+    assert (max(worst) < 5) if resampled else (min(worst) > 10)
+    assert tree.attrs["posterior"] == ("importance" if resampled else "guide")
+    if resampled:
+        k = tree["constant_data"]["posterior_pareto_k"]
+        assert k.dims == ("subset", "row")
+        assert (k < 0.7).all()
+        assert (tree["constant_data"]["posterior_ess"] < 3600).any()
+
+
+def test_resampled_scores_belong_to_the_resampled_draws() -> None:
+    x, observed = holed_data()
+    options = {"num_draws": 50, "num_samples": 0, "given": [], "guide": biased_guide}
+    tree = to_datatree(exact_vae(), x, observed, resampled=True, num_proposals=200, **options)
+    z = torch.tensor(tree["posterior"]["z"].values[0, :, 0])
+    for name, p in exact_vae().decode(z).items():
+        expected = p.log_prob(x[name].nan_to_num()).where(observed[name], math.nan)
+        found = tree["log_likelihood"][name].values[0]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10)
+    exact = world().posterior(x, observed)
+    q = dist.Normal(exact.mean + exact.variance.sqrt(), 1.4 * exact.variance.sqrt()).to_event(1)
+    lp = tree["sample_stats"]["lp"].values[0]
+    expected = lp - q.log_prob(z).numpy()
+    np.testing.assert_allclose(
+        tree["sample_stats"]["log_weight"].values[0], expected, rtol=0, atol=1e-10
+    )
+
+
+def test_rows_without_anything_hold_the_prior() -> None:
+    x = world().sample(ROWS, seed=1)
+    observed = {name: torch.arange(ROWS) % 2 == 0 for name in x}
+    for resampled in (False, True):
+        options = {"num_draws": 1000, "num_samples": 0, "given": [], "resampled": resampled}
+        tree = to_datatree(exact_vae(), x, observed, guide=biased_guide, **options)
+        empty = tree.sel(row=slice(1, None, 2), subset="image+label")
+        z = empty["posterior"]["z"]
+        assert z.sizes["row"] == ROWS // 2
+        assert (np.abs(z.mean(("chain", "draw"))) < 5 * (2 / 1000) ** 0.5).all()
+        assert (np.abs(z.var(("chain", "draw")) - 1) < 5 * (4 / 1000) ** 0.5).all()
+        np.testing.assert_allclose(empty["sample_stats"]["log_weight"], 0.0, atol=1e-10)
+        assert empty["log_likelihood"]["joint"].isnull().all()
+
+
+def test_joint_likelihood_is_the_sum_over_what_a_row_has(tree: xr.DataTree) -> None:
+    parts = tree["log_likelihood"].to_dataset()
+    both = parts["image"].fillna(0) + parts["label"].fillna(0)
+    np.testing.assert_allclose(parts["joint"], both, rtol=0, atol=1e-10)
+
+
+def test_coordinates_name_modalities_and_members(tree: xr.DataTree) -> None:
+    constant = tree["constant_data"]
+    assert constant["observed"].dims == ("row", "modality")
+    _, observed = holed_data()
+    np.testing.assert_array_equal(constant["observed"].sel(modality="image"), observed["image"])
+    assert constant["member"].sel(subset="label").values.tolist() == [False, True]
+    assert constant["member"].sel(subset="image+label").all()
+
+
+def test_predictions_from_each_subset() -> None:
+    x, observed = holed_data()
+    options = {"num_draws": DRAWS, "num_samples": 0, "given": ["label"]}
+    tree = to_datatree(exact_vae(), x, observed, subset_predictive=True, **options)
+    found = tree["subset_predictive"]["image"]
+    assert found.dims == ("chain", "draw", "subset", "row", "image_dim_0")
+    exact = world().posterior(x, {"label": observed["label"], "image": ~observed["label"] & False})
+    weight = world().weights["image"]
+    loc = exact.mean @ weight.mT + world().biases["image"]
+    cov = weight @ exact.covariance_matrix @ weight.mT
+    variance = cov.diagonal(dim1=-2, dim2=-1) + world().scales["image"] ** 2
+    drawn = torch.tensor(found.sel(subset="label").values[0])
+    assert ((drawn.mean(0) - loc) / (variance / DRAWS).sqrt()).abs().max() < 5
+
+
+def own_pair(**options: Any) -> PyroPair:
+    """The world as a Pyro model with a scalar site beside the vector, and its exact guide."""
+
+    def model(x: dict[str, Tensor], observed: dict[str, Tensor]) -> None:
+        with pyro.plate("data", len(x["image"]), dim=-1):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("offset", dist.Normal(0.0, 1.0))
+            for name, weight in world().weights.items():
+                loc = z @ weight.mT + world().biases[name]
+                p = dist.Normal(loc, world().scales[name]).to_event(1)
+                pyro.sample(name, p, obs=x[name])
+
+    def guide(x: dict[str, Tensor], observed: dict[str, Tensor]) -> None:
+        exact = world().posterior(x, observed)
+        with pyro.plate("data", len(x["image"]), dim=-1):
+            q = dist.MultivariateNormal(exact.mean, exact.covariance_matrix)
+            pyro.sample("z", q)
+            pyro.sample("offset", dist.Normal(0.0, 1.0))
+
+    modalities = [Modality("image", (5,)), Modality("label", (3,))]
+    return PyroPair(model, guide, modalities, title="mine", **options)
+
+
+def test_a_pair_of_ones_own() -> None:
+    x, observed = holed_data()
+    tree = to_datatree(own_pair(), x, observed, num_draws=DRAWS, num_samples=0, batch_size=5)
+    test_latents_match_the_exact_posterior(tree, "image")
+    test_latents_match_the_exact_posterior(tree, "image+label")
+    test_every_log_weight_is_the_exact_evidence(tree)
+    test_predictions_match_the_exact_predictive(tree)
+    test_joint_likelihood_is_the_sum_over_what_a_row_has(tree)
+    assert tree["posterior"]["offset"].dims == ("chain", "draw", "subset", "row")
+    assert set(tree["prior"].data_vars) == {"z", "offset"}
+    assert tree.attrs["title"] == "mine"
+    assert tree.attrs["model"] == "PyroPair"
+    some = own_pair(subsets=[["image", "label"], ["label"]])
+    tree = to_datatree(some, world().sample(ROWS, seed=1), num_draws=2, num_samples=0)
+    assert tree["posterior"]["subset"].values.tolist() == ["image+label", "label"]
+
+
+@pytest.mark.parametrize("name", [n for n, size in CASES if size == 4])
+def test_every_model_goes_into_a_tree(name: str) -> None:
+    vae = case(name, 4)
+    x = batch(vae, 5)
+    tree = to_datatree(vae, x, masks(vae, 5), num_draws=2, num_samples=0, given=[])
+    assert set(tree["posterior"].data_vars) == set(vae.latent_sites)
+    scored = set(vae.modalities) - set(vae.always_given)
+    assert set(tree["posterior_predictive"].data_vars) == scored
+    joint = tree["log_likelihood"]["joint"]
+    empty = ~tree["constant_data"]["observed"].sel(modality=sorted(scored)).any("modality")
+    np.testing.assert_array_equal(joint.isnull().all(("chain", "draw")), empty)
+
+
+def test_progress_is_told() -> None:
+    done = []
+    options = {"num_draws": 2, "num_samples": 0, "batch_size": 5}
+    to_datatree(exact_vae(), *holed_data(), on_progress=lambda *a: done.append(a), **options)
+    assert done == [(5, 12), (10, 12), (12, 12)]
 
 
 def test_netcdf_round_trip(tree: xr.DataTree, tmp_path: Path) -> None:
@@ -262,6 +428,8 @@ def test_errors(tmp_path: Path) -> None:
         to_datatree(vae, x, observed, given=[[]])
     with pytest.raises(ValueError, match="num_draws: expected at least 1, found 0"):
         to_datatree(vae, x, observed, num_draws=0)
+    with pytest.raises(ValueError, match="num_proposals: expected at least num_draws=100, found 9"):
+        to_datatree(vae, x, observed, resampled=True, num_proposals=9)
     with pytest.raises(
         ValueError, match="labels.'label'.: expected one for each of 12 rows, found 3"
     ):

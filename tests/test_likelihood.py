@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from mmzoo import Modality, MultimodalVAE
 from mmzoo.combine import product_of_experts
 from mmzoo.distributions import Mixture
-from mmzoo.evaluation import likelihood_table, log_likelihood, quantity_name
+from mmzoo.evaluation.likelihood import (
+    all_quantities,
+    likelihood_curve,
+    likelihood_table,
+    log_likelihood,
+    quantity_name,
+)
 from mmzoo.exact import DiscreteWorld, LinearGaussianWorld, _LinearDecoder, quadrature_log_prob
 from mmzoo.inference import SubsetELBO, Wasserstein
 from mmzoo.joint import JointNetworkVAE
@@ -930,6 +936,227 @@ def test_fewer_draws_than_components_are_refused():
         log_likelihood(model("mmvae", w), x, of=NAMES, num_samples=2)
 
 
+# Draws until an error is small enough -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+@pytest.mark.parametrize("name", ["mvae", "mmvae", "mhvae"])
+def test_draws_grow_until_the_error_is_met(name: str, share: float):
+    w, first, most, target = world(), 100, 3000, 0.05
+    vae = model(name, w, width=1.5)
+    x, observed = holes(w.sample(N, seed=4))
+    options = {"num_samples": first, "prior_share": share}
+    for of, given in ((["a"], []), (["a"], ["b", "c"])):
+        exact = w.log_prob(x, observed, of=of, given=given)
+        found = log_likelihood(
+            vae, x, observed, of=of, given=given, target_mcse=target, max_samples=most, **options
+        )
+        assert_agrees(found, exact, 0.9)
+        kept = ~np.isnan(found.log_prob.values)
+        counts = found["num_samples"].values
+        assert set(np.log2(counts[kept] / first)) <= {0, 1, 2, 3, 4}  # never above the most
+        assert not counts[~kept].any()
+        above = kept & (found.mcse.values > target)
+        assert found.rows_above_target == above.sum()
+        assert (counts[above] == 1600).all() and found.mcse.values[above].size < N
+        plain = log_likelihood(vae, x, observed, of=of, given=given, **options)
+        # Rows differ in what they need; those that need more are those that had a larger error.
+        few = kept & (counts == first)
+        assert few.sum() < kept.sum()
+        if not given:
+            assert (plain.mcse.values[few] <= target).all()
+        assert "num_samples" not in plain
+
+
+def test_target_that_is_met_at_once_changes_nothing():
+    w = world()
+    vae = model("mmvae", w, width=1.5)
+    x, observed = holes(w.sample(N, seed=4))
+    options = {"of": ["a"], "given": ["b"], "num_samples": 100}
+    plain = log_likelihood(vae, x, observed, **options)
+    met = log_likelihood(vae, x, observed, **options, target_mcse=100.0)
+    for kind in ESTIMATES:
+        np.testing.assert_array_equal(plain[kind], met[kind])
+    bounded = log_likelihood(vae, x, observed, **options, target_mcse=1e-9, max_samples=199)
+    for kind in ESTIMATES:  # no room for twice as many
+        np.testing.assert_array_equal(plain[kind], bounded[kind])
+    assert bounded.rows_above_target == bounded.log_prob.notnull().sum()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+@pytest.mark.parametrize("name", ["mvae", "mmvae"])
+def test_pooled_draws_are_worth_as_many_at_once(name: str, share: float):
+    # The same row again and again: pooled estimates and those of one run have one distribution.
+    rows, first, most = 300, 40, 640  # of both, a quarter comes from the prior
+    w = world()
+    vae = model(name, w, width=1.5)
+    x = {n: value.expand(rows, -1) for n, value in w.sample(1, seed=5).items()}
+    options = {"of": ["a", "b"], "prior_share": share}
+    grown = log_likelihood(vae, x, num_samples=first, target_mcse=1e-9, max_samples=most, **options)
+    whole = log_likelihood(vae, x, num_samples=most, **options)
+    assert (grown["num_samples"] == most).all() and grown.rows_above_target == rows
+    exact = w.log_prob(x, of=["a", "b"]).numpy()
+    z = (grown.log_prob.values - exact) / grown.mcse.values
+    assert abs((z**2).mean() - 1) < ERRORS * math.sqrt(2 / rows)
+    for kind in ("log_prob", "mcse", "ess", "pareto_k"):
+        means = [each[kind].values.mean() for each in (grown, whole)]
+        errors = [each[kind].values.std() / math.sqrt(rows) for each in (grown, whole)]
+        assert abs(means[0] - means[1]) < ERRORS * math.hypot(*errors), kind
+
+
+def test_bias_of_stopping_is_a_fraction_of_the_target():
+    # Rows whose error lies right at the target: the estimate decides who stops.
+    rows = 4000
+    w = world()
+    vae = model("mvae", w, width=1.5)
+    x = {n: value.expand(rows, -1) for n, value in w.sample(1, seed=5).items()}
+    exact = w.log_prob(x, of=NAMES).numpy()
+    options = {"of": NAMES, "num_samples": 50}
+    spread = float(np.median(log_likelihood(vae, x, **options).mcse))
+    for target in (spread, 0.9 * spread):
+        found = log_likelihood(vae, x, **options, target_mcse=target)
+        stopped = (found["num_samples"] == 50).mean()
+        assert 0.1 < stopped < 0.9
+        ratio = np.exp(found.log_prob.values - exact)  # unbiased with any fixed number
+        error = ratio.std() / math.sqrt(rows)
+        assert ERRORS * error < 0.5 * target
+        assert abs(ratio.mean() - 1) < 0.2 * target + ERRORS * error
+        # Of those that stop at once alone it is far beyond what is stated here.
+        kept = ratio[found["num_samples"].values == 50]
+        assert kept.mean() - 1 > 0.2 * target + ERRORS * error
+
+
+def test_table_draws_until_the_error_is_met():
+    w = world()
+    x, observed = holes(w.sample(N, seed=4))
+    models = {name: model(name, w, width=1.5) for name in ("mvae", "mmvae")}
+    options = {"num_samples": 100, "target_mcse": 0.08, "max_samples": 800}
+    table = likelihood_table(models, x, observed, **options)
+    assert table.attrs["target_mcse"] == 0.08 and table.attrs["max_samples"] == 800
+    above = (table.row_mcse > 0.08).sum("row")
+    xr.testing.assert_equal(table.rows_above_target, above)
+    counts = table.row_num_samples.where(table.log_prob.notnull())
+    assert set(np.unique(counts.values[~np.isnan(counts.values)])) <= {100, 200, 400, 800}
+    assert (counts > 100).any() and (counts == 100).any()
+    before = likelihood_table(models, x, observed, num_samples=100)
+    assert (table.row_mcse.max() < before.row_mcse.max()) and "row_num_samples" not in before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_mcse": 0.0}, "expected target_mcse > 0, found 0.0; it is a standard error"),
+        ({"target_mcse": math.nan}, "expected target_mcse > 0, found nan"),
+        ({"max_samples": 500}, "expected target_mcse with max_samples=500, found none; set"),
+        (
+            {"target_mcse": 0.1, "max_samples": 5},
+            "expected max_samples of at least num_samples=10, found 5; rows start",
+        ),
+    ],
+)
+def test_bad_targets_are_refused(options: dict, message: str):
+    w, vae = zero_variance()
+    with pytest.raises(ValueError, match=message):
+        log_likelihood(vae, w.sample(4, seed=4), of="a", num_samples=10, **options)
+    with pytest.raises(ValueError, match=message):
+        likelihood_table({"it": vae}, w.sample(4, seed=4), num_samples=10, **options)
+
+
+# Curves over the number of draws ----------------------------------------------------------------
+
+
+def test_curve_is_made_of_runs_of_their_own():
+    w = world()
+    vae = model("mmvae", w, width=1.5)
+    x, observed = holes(w.sample(N, seed=4))
+    told: list[tuple[int, int]] = []
+    options = {"of": ["a"], "given": ["b"], "prior_share": 0.25}
+    curve = likelihood_curve(
+        vae,
+        x,
+        observed,
+        **options,
+        num_samples=(10, 100, 1000),
+        seed=3,
+        on_chunk=lambda *each: told.append(each),
+    )
+    assert curve.sizes == {"num_samples": 3, "row": N} and curve.attrs["seed"] == 3
+    for i, number in enumerate((10, 100, 1000)):
+        alone = log_likelihood(vae, x, observed, **options, num_samples=number, seed=3 + 2 * i)
+        for kind in ESTIMATES:
+            np.testing.assert_array_equal(curve[kind].sel(num_samples=number), alone[kind])
+    assert told == sorted(told) and told[-1][0] == told[-1][1]
+    exact = w.log_prob(x, observed, of=["a"], given=["b"]).numpy()
+    z = (curve.log_prob.sel(num_samples=1000) - exact) / curve.mcse.sel(num_samples=1000)
+    assert abs(z).max() < ERRORS
+    error = np.sqrt((curve.mcse**2).mean("row"))
+    assert (error.diff("num_samples") < 0).all()
+
+
+@pytest.mark.parametrize("numbers", [(), (10, 10), (100, 10)])
+def test_curve_needs_numbers_that_grow(numbers: tuple[int, ...]):
+    w, vae = zero_variance()
+    with pytest.raises(ValueError, match="likelihood_curve: expected num_samples that grow, such"):
+        likelihood_curve(vae, w.sample(4, seed=4), of="a", num_samples=numbers)
+
+
+# Many worlds ------------------------------------------------------------------------------------
+
+WORLDS, WORLD_ROWS, WORLD_DRAWS = 200, 6, 200
+# Model, width of its experts, and how it is asked.
+ESTIMATORS = {
+    "plain": ("mvae", 1.4, {}),
+    "stratified mixture": ("mmvae", 1.4, {}),
+    "defensive": ("mvae", 0.85, {"prior_share": 0.3}),
+    "until an error is met": ("mvae", 1.4, {"target_mcse": 0.06, "max_samples": 1600}),
+    "defensive mixture until an error is met": (
+        "mmvae",
+        1.2,
+        {"prior_share": 0.2, "target_mcse": 0.08, "max_samples": 1600},
+    ),
+}
+
+
+def errors_of_worlds(name: str, width: float, options: dict) -> np.ndarray:
+    """Errors in their own standard errors over worlds, dimensions, subsets and patterns."""
+    rng, found = random.Random(7), []
+    for seed in range(WORLDS):
+        sizes = {n: rng.randint(1, 4) for n in NAMES[: rng.choice((2, 3))]}
+        w = LinearGaussianWorld.random(sizes, rng.randint(1, 3), seed=seed)
+        vae = model(name, w, width)
+        x, observed = holes(w.sample(WORLD_ROWS, seed=seed))
+        of, given = rng.choice(pairs(list(sizes)))
+        each = log_likelihood(
+            vae, x, observed, of=of, given=given, num_samples=WORLD_DRAWS, seed=seed, **options
+        )
+        exact = w.log_prob(x, observed, of=of, given=given).numpy()
+        kept = ~np.isnan(exact) & (each.pareto_k.values < RELIABLE)
+        found.append((each.log_prob.values - exact)[kept] / each.mcse.values[kept])
+    return np.concatenate(found)
+
+
+def assert_calibrated(z: np.ndarray) -> None:
+    """Standard normal errors: none beyond five, and mean, spread and shares as they must be."""
+    assert np.abs(z).max() < ERRORS
+    # The logarithm falls short by half its variance, a twentieth of an error here; and errors that
+    # are themselves estimated, from 200 skewed weights, are a little off.
+    assert abs(z.mean()) < ERRORS / math.sqrt(len(z)) + 0.05
+    assert abs((z**2).mean() - 1) < ERRORS * math.sqrt(2 / len(z)) + 0.08
+    for bound, share in ((1.0, 0.6827), (2.0, 0.9545)):
+        margin = ERRORS * math.sqrt(share * (1 - share) / len(z)) + 0.02
+        assert abs((np.abs(z) < bound).mean() - share) < margin
+
+
+@pytest.mark.parametrize("kind", ESTIMATORS)
+def test_errors_over_many_worlds_are_what_they_say(kind: str):
+    z = errors_of_worlds(*ESTIMATORS[kind])
+    assert len(z) > 0.6 * WORLDS * WORLD_ROWS
+    assert_calibrated(z)
+    for broken in (1.3 * z, 0.7 * z, z + 0.3, np.append(z, 6.0)):
+        with pytest.raises(AssertionError):
+            assert_calibrated(broken)
+
+
 # Seeds and side effects -----------------------------------------------------------------------
 
 
@@ -1113,6 +1340,11 @@ def test_table_sums_up_what_log_likelihood_says(name: str):
     np.testing.assert_allclose(found.standard_error, error, rtol=EXACT)
     np.testing.assert_allclose(found.mcse, np.sqrt((rows.mcse**2).sum()) / count, rtol=EXACT)
     np.testing.assert_allclose(found.pareto_k, (rows.pareto_k > RELIABLE).mean(), rtol=EXACT)
+    kept = found.dropna("row", subset=["log_prob"])
+    for kind in ("log_prob", "mcse", "pareto_k"):  # the values of the rows, to the bit
+        own = kind if kind == "log_prob" else f"row_{kind}"
+        np.testing.assert_array_equal(kept[own], rows[kind])
+    np.testing.assert_array_equal(kept["row"], rows["row"])
 
 
 @pytest.mark.parametrize("name", ["mvae", "jmvae"])
@@ -1151,13 +1383,14 @@ def test_models_that_lack_a_modality_have_a_note():
     alone = model("vae", world(diagonal=True))
     for models in ({"VAE": alone, "MVAE": vae}, {"MVAE": vae, "VAE": alone}):
         table = likelihood_table(models, x, observed, num_samples=100)
-        assert table.sizes == {"model": 2, "quantity": 7}
+        assert table.sizes == {"model": 2, "quantity": 7, "row": N}
         # The two have the same decoder; rows without a are left out of both.
         own = table.sel(quantity="log p(a)")
         np.testing.assert_allclose(*own["mean"].values, rtol=0, atol=EXACT)
         assert (own.num_rows == int(observed["a"].sum())).all() and (own.note == "").all()
         rest = table.drop_sel(quantity="log p(a)").sel(model="VAE")
-        for kind in ("mean", "standard_error", "mcse", "pareto_k", "num_rows"):
+        kinds = ("mean", "standard_error", "mcse", "pareto_k", "num_rows", "log_prob", "row_mcse")
+        for kind in kinds:
             assert np.isnan(rest[kind]).all(), kind
         assert rest.note.sel(quantity="log p(b | a, c)") == "VAE has no modality b, c"
         assert not np.isnan(table["mean"].sel(model="MVAE")).any()
@@ -1191,3 +1424,31 @@ def test_table_refuses_what_no_model_knows():
 def test_quantity_names_are_written_as_in_the_papers():
     assert quantity_name(["image", "label"]) == "log p(image, label)"
     assert quantity_name(["image"], ["label", "text"]) == "log p(image | label, text)"
+
+
+def test_all_quantities_are_all_subsets_and_all_pairs():
+    assert all_quantities(["a"]) == [(("a",), ())]
+    for names in (["a", "b"], NAMES, ["c", "a", "d", "b"]):
+        found = all_quantities(names)
+        expected = {(tuple(of), tuple(given)) for of, given in pairs(names)}
+        assert set(found) == expected and len(found) == len(expected)
+        assert len(found) == 3 ** len(names) - 2 ** len(names)
+        joint = all_quantities(names, conditionals=False)
+        assert joint == [each for each in found if not each[1]]
+    w, vae = zero_variance()
+    x = w.sample(4, seed=4)
+    table = likelihood_table({"it": vae}, x, quantities=all_quantities(NAMES), num_samples=10)
+    for of, given in all_quantities(NAMES):
+        rows = table.log_prob.sel(model="it", quantity=quantity_name(of, given))
+        exact = w.log_prob(x, of=of, given=given).numpy()
+        np.testing.assert_allclose(rows, exact, rtol=0, atol=EXACT)
+
+
+def test_all_quantities_have_a_limit():
+    names = [f"m{i}" for i in range(8)]
+    with pytest.raises(ValueError, match="at most 1000 quantities, found 6305 of 8 modalities"):
+        all_quantities(names)
+    assert len(all_quantities(names, conditionals=False)) == 255
+    for wrong in ([], ["a", "a"]):
+        with pytest.raises(ValueError, match="expected names of modalities, each once, found"):
+            all_quantities(wrong)

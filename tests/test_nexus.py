@@ -174,7 +174,7 @@ def test_other_models_and_options_are_refused():
     vae = nexus()
     other = MVAE([Modality("a", (3,)), Modality("b", (2,))], latent_dim=2)
     x, observed = rows()
-    with pytest.raises(ValueError, match="NexusELBO: expected model and guide of one Nexus"):
+    with pytest.raises(ValueError, match="NexusELBO: expected a model with a nexus, found"):
         NexusELBO().loss(other.model, other.guide, {"a": x["a"]})
     with pytest.raises(ValueError, match="NexusELBO: expected 0 <= dropout <= 1, found 2"):
         NexusELBO(dropout=2.0)

@@ -187,3 +187,21 @@ def test_unknown_names_are_refused(world: LinearGaussianWorld) -> None:
         PyroPair(lambda: None, lambda: None, [])
     with pytest.raises(ValueError, match="num_draws and batch_size of at least 1, found 0"):
         draw_latents(own_pair(world), world.sample(2, seed=0), num_draws=0)
+
+
+@pytest.mark.parametrize("child", ["z", "b"])
+def test_modality_that_is_a_parent_is_refused(world: LinearGaussianWorld, child: str) -> None:
+    """Leaving its site out would not marginalise it: the filler would decide."""
+    programs = Programs(world)
+
+    def model(x: dict[str, Tensor], observed: dict[str, Tensor]) -> None:
+        with pyro.plate("data", len(x["a"]), dim=-1):
+            shift = x["a"].mean(-1, keepdim=True)
+            z = pyro.sample("z", dist.Normal(shift * (child == "z"), 1.0).expand_by([]).to_event(1))
+            pyro.sample("a", dist.Normal(z.expand(*z.shape[:-1], 3), 1.0).to_event(1), obs=x["a"])
+            loc = (z + shift * (child == "b")).expand(*z.shape[:-1], 2)
+            pyro.sample("b", dist.Normal(loc, 1.0).to_event(1), obs=x["b"])
+
+    modalities = [Modality(name, (size,), Normal(scale=1.0)) for name, size in SIZES.items()]
+    with pytest.raises(ValueError, match=f"found that site '{child}' depends on 'a'"):
+        PyroPair(model, programs.guide, modalities)

@@ -228,3 +228,34 @@ def test_errors() -> None:
         summary.update(torch.zeros(7, 3), None, torch.zeros(7, 1, dtype=torch.long))
     with pytest.raises(ValueError, match="expected 10 draws, found 4"):
         summary.result()
+
+
+def test_summary_that_goes_on_with_some_rows_is_that_of_those_rows() -> None:
+    log_w = torch.randn(600, 5, generator=torch.Generator().manual_seed(0)).mul(2)
+    kept = torch.tensor([True, False, True, True, False])
+    stratum = torch.arange(600).remainder(2).unsqueeze(-1)
+    coef = torch.full((600, 1), -math.log(600.0))
+    whole = WeightSummary(600, num_strata=2)
+    whole.update(log_w[:, kept], coef, stratum)
+    summary = WeightSummary(600, num_strata=2)
+    for start in range(0, 200, 50):
+        part = slice(start, start + 50)
+        summary.update(log_w[part], coef[part], stratum[part])
+    early = summary.result(partial=True)
+    summary.keep(kept)
+    for start in range(200, 600, 100):
+        part = slice(start, start + 100)
+        summary.update(log_w[part][:, kept], coef[part], stratum[part])
+    for kind, values in summary.result().items():
+        torch.testing.assert_close(values, whole.result()[kind], rtol=1e-10, atol=0)
+    # Before all draws have come the sum is one of 200; everything else is as it would be of 200.
+    first = WeightSummary(200, num_strata=2)
+    first.update(log_w[:200], coef[:200] + math.log(3.0), stratum[:200])
+    for kind, values in first.result().items():
+        expected = values - math.log(3.0) if kind == "log_prob" else values
+        torch.testing.assert_close(early[kind], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_nothing_is_said_before_the_first_draw() -> None:
+    with pytest.raises(ValueError, match="expected 3 draws, found 0"):
+        WeightSummary(3).result(partial=True)
