@@ -84,7 +84,7 @@ def test_gaps_are_divergences_from_the_exact_posterior(given) -> None:
     w = tilted()
     x, observed = rows(w)
     wrong = {"scale": 1.3, "shift": 0.5, "best": True}
-    options = {"given": given, "num_steps": 200, "num_samples": 900, "guide": off(w, **wrong)}
+    options = {"given": given, "num_steps": 150, "num_samples": 900, "guide": off(w, **wrong)}
     found = amortization_gap(LinearVAE(w.modalities(), D), x, observed, **options)
     shown = only(observed, given or NAMES)
     loc, deviation = moments(w, x, shown, best=True)

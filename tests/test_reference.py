@@ -44,7 +44,7 @@ def off(vae, scale=1.0, shift=0.0):
 @pytest.mark.parametrize(
     ("row", "given"),
     [
-        pytest.param(0, None, id="all"),
+        pytest.param(0, None, id="all", marks=pytest.mark.slow),
         pytest.param(0, "b", id="one", marks=pytest.mark.slow),
         pytest.param(1, None, id="missing"),
         pytest.param(2, None, id="prior", marks=pytest.mark.slow),
