@@ -46,6 +46,7 @@ _AT_LEAST = {
     "num_samples": 1,
     "threads": 1,
     "seed": 0,
+    "data_seed": 0,
 }
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -83,6 +84,8 @@ class RunConfig:
         prior_share: Share of them that the prior gives, see
             :func:`mmzoo.evaluation.log_likelihood`.
         seed: Of everything that is random.
+        data_seed: Of the data alone: how they are split, binarised, made missing; None: `seed`.
+            Runs that share it differ in their training only and have the same test rows.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         threads: Of the processor; None: torch's choice.
 
@@ -107,6 +110,7 @@ class RunConfig:
     num_samples: int = 1000
     prior_share: float = 0.2
     seed: int = 0
+    data_seed: int | None = None
     device: str = "auto"
     threads: int | None = None
 
@@ -281,7 +285,7 @@ def _text(value: str) -> str:
 
 
 def _check_type(name: str, value: Any, types: tuple[type, ...]) -> None:
-    optional = value is None and name in ("root", "limit", "test_rows", "threads")
+    optional = value is None and name in ("root", "limit", "test_rows", "data_seed", "threads")
     if optional or (isinstance(value, types) and not isinstance(value, bool)):
         return
     expected = " or ".join(each.__name__ for each in types)

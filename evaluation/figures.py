@@ -770,12 +770,16 @@ def plot_likelihood_table(
     """Forest plot of a likelihood table: one panel a quantity, one line a model.
 
     Bars are 95 % intervals, 1.96 standard errors of the mean over rows. A hollow marker says that
-    Pareto k exceeds 0.7 in more than a tenth of the rows, with the share beside it.
+    Pareto k exceeds 0.7 in more than a tenth of the rows, with the share beside it. Of paired
+    differences, the reference is a line at zero: an interval that reaches it is no difference.
 
     Args:
-        table: Result of `likelihood_table`, dimensions (model, quantity).
+        table: Result of `likelihood_table` or of `paired_differences`, dimensions (model,
+            quantity).
         figure: Where to draw.
     """
+    if "difference" in table:
+        table = table.rename(difference="mean")
     missing = {"mean", "standard_error"} - set(map(str, table.data_vars))
     if missing:
         raise ValueError(
@@ -801,6 +805,10 @@ def plot_likelihood_table(
 def _draw_forest(ax: Axes, column: xr.Dataset, models: Sequence[str]) -> None:
     from matplotlib.ticker import MaxNLocator
 
+    label = "nats per row"
+    if "reference" in column:
+        label = "difference in nats per row"
+        ax.axvline(0.0, color=_GREY, linewidth=0.8, zorder=0)
     means, errors = column["mean"].values, column["standard_error"].values
     shares = column["pareto_k"].values if "pareto_k" in column else np.zeros(len(models))
     for place, (mean, error, share) in enumerate(zip(means, errors, shares, strict=True)):
@@ -826,7 +834,7 @@ def _draw_forest(ax: Axes, column: xr.Dataset, models: Sequence[str]) -> None:
     ax.set_yticks(range(len(models)), models)
     ax.set_ylim(len(models) - 0.4, -0.6)
     ax.margins(x=0.25)
-    ax.set_xlabel("nats per row")
+    ax.set_xlabel(label)
     ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.grid(axis="x", color="#DDDDDD", linewidth=0.6)
     ax.set_axisbelow(True)

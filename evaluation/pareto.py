@@ -92,6 +92,11 @@ class WeightSummary:
         tensor([200., 200., 200.], dtype=torch.float64)
     """
 
+    _shift: Tensor  # (N,)
+    _count: Tensor  # (C, N), as are the next two
+    _mean: Tensor
+    _spread: Tensor
+
     def __init__(self, num_draws: int, *, num_strata: int = 1) -> None:
         if num_draws < 1 or num_strata < 1:
             raise ValueError(

@@ -119,15 +119,20 @@ def model_class(name: str) -> type[MultimodalVAE]:
 def load_data(config: RunConfig) -> tuple[MultimodalDataset, MultimodalDataset]:
     """The training rows, with their simulated missingness, and the complete test rows."""
     binarize = None if config.binarize == "none" else config.binarize
-    train, test = load(config.data, config.root, binarize=binarize, seed=config.seed)
+    seed = _data_seed(config)
+    train, test = load(config.data, config.root, binarize=binarize, seed=seed)
     if config.limit is not None:
         train, test = (rows.subset(range(min(len(rows), config.limit))) for rows in (train, test))
     if config.test_rows is not None:
         test = test.subset(range(min(len(test), config.test_rows)))
     if config.missing:
-        masks = missing_completely_at_random(train, config.missing, seed=config.seed)
+        masks = missing_completely_at_random(train, config.missing, seed=seed)
         train = train.with_observed(masks)
     return train, test
+
+
+def _data_seed(config: RunConfig) -> int:
+    return config.seed if config.data_seed is None else config.data_seed
 
 
 def build(
@@ -452,7 +457,7 @@ def _identity(config: RunConfig, rows: int) -> dict[str, Any]:
     return {
         "data": config.data,
         "binarize": config.binarize,
-        "data_seed": config.seed,
+        "data_seed": _data_seed(config),
         "rows": rows,
     }
 

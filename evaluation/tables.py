@@ -202,7 +202,8 @@ def paired_differences(table: xr.Dataset, *, reference: str | None = None) -> xr
     variables: dict[str, Any] = {kind: (dims, values) for kind, values in found.items()}
     variables["unreliable"] = (dims, found["pareto_k"] > FLAGGED_SHARE)
     variables["reference"] = (tuple(rest), names.astype(str))
-    attrs = {**table.attrs, "reference": reference or "best of each quantity"}
+    attrs = {"rows": table.sizes["row"], **table.attrs}
+    attrs["reference"] = reference or "best of each quantity"
     return xr.Dataset(variables, {dim: table[dim] for dim in dims}, attrs)
 
 
@@ -311,6 +312,8 @@ def aggregate_seeds(tables: Sequence[xr.Dataset]) -> xr.Dataset:
         result["accuracy"] = sum(table["accuracy"] for table in tables) / len(tables)
     seeds = [table.attrs["seed"] for table in tables if "seed" in table.attrs]
     result.attrs.pop("seed", None)
+    if "row" in first.sizes:
+        result.attrs.setdefault("rows", first.sizes["row"])
     result.attrs |= {"num_seeds": len(tables), **({"seeds": seeds} if seeds else {})}
     return result
 
@@ -462,8 +465,8 @@ def table_note(table: xr.Dataset) -> str:
     if "difference" in table:
         note = (
             "Difference in nats per row to the reference, which is the "
-            f"{attrs['reference']}, ± paired standard error over the rows that both have (of "
-            f"{over}). *: more than {SIGNIFICANT:g} standard errors."
+            f"{attrs['reference']}, ± paired standard error over the rows that both have, of "
+            f"{over}. *: more than {SIGNIFICANT:g} standard errors."
         )
     elif "num_seeds" in table:
         note = (

@@ -36,6 +36,8 @@ from mmzoo import Modality
 from mmzoo.data import MultimodalDataset, digits
 from mmzoo.evaluation import (
     PyroPair,
+    check_model,
+    default_classifiers,
     likelihood_table,
     plot_reconstructions,
     save_datatree,
@@ -118,6 +120,18 @@ def main() -> None:
     table = likelihood_table(models, x, observed, num_samples=args.num_samples, prior_share=0.2)
     print(table[["mean", "standard_error", "pareto_k"]].to_dataframe().round(2).to_string())
 
+    judges = default_classifiers(train, epochs=1 if args.quick else None)
+    rows = 20 if args.quick else 360
+    checks = {
+        title: check_model(each, test, train=train, classifiers=judges, num_rows=rows)
+        for title, each in models.items()
+    }
+    for title, found in checks.items():
+        passes = found["calibration"].to_dataset()["passes"].to_series()
+        image_from_label = found["coherence"]["coherence"].sel(subset="label", target="image")
+        print(f"{title}: calibrated given", ", ".join(passes.index[passes]) or "nothing", end="; ")
+        print(f"pictures show the label in {float(image_from_label):.0%} of {rows} rows")
+
     few = {name: value[:64] for name, value in x.items()}
     tree = to_datatree(pair, few, num_draws=50, num_samples=args.num_samples)
     save_datatree(tree, "own_pair.nc")
@@ -130,7 +144,11 @@ def main() -> None:
         for title, each in models.items()
     }
     write_report(
-        "own_pair.html", title="A pair of one's own beside MVAE", table=table, figures=pictures
+        "own_pair.html",
+        title="A pair of one's own beside MVAE",
+        table=table,
+        checks=checks,
+        figures=pictures,
     )
 
 

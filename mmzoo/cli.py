@@ -119,6 +119,10 @@ _Binarize = Annotated[
     typer.Option("--binarize", help="Pixels drawn fixed, anew in each epoch, or none (grey)."),
 ]
 _Seed = Annotated[int | None, typer.Option("--seed", help="Of everything random.")]
+_DataSeed = Annotated[
+    int | None,
+    typer.Option("--data-seed", help="Of split, binarisation and missingness alone."),
+]
 _Missing = Annotated[
     list[str] | None,
     typer.Option("--missing", help="label=0.5: half of the training rows lack their label."),
@@ -262,6 +266,7 @@ def train(
     hidden: _Hidden = None,
     binarize: _Binarize = None,
     seed: _Seed = None,
+    data_seed: _DataSeed = None,
     missing: _Missing = None,
     limit: _Limit = None,
     test_rows: _TestRows = None,
@@ -350,6 +355,7 @@ def compare(
     hidden: _Hidden = None,
     binarize: _Binarize = None,
     seed: _Seed = None,
+    data_seed: _DataSeed = None,
     missing: _Missing = None,
     limit: _Limit = None,
     test_rows: _TestRows = None,
@@ -403,7 +409,16 @@ def report(
 def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a command that are fields of a configuration."""
     sizes = ("epochs", "batch_size", "learning_rate", "latent_dim", "network", "binarize", "seed")
-    plain = (*sizes, "limit", "test_rows", "num_samples", "prior_share", "device", "threads")
+    plain = (
+        *sizes,
+        "data_seed",
+        "limit",
+        "test_rows",
+        "num_samples",
+        "prior_share",
+        "device",
+        "threads",
+    )
     given = {name: arguments[name] for name in plain}
     root = arguments["root"]
     given["root"] = None if root is None else str(root)

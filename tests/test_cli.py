@@ -22,6 +22,7 @@ from mmzoo.data import DATASETS, digits
 from mmzoo.evaluation import load_datatree
 from mmzoo.evaluation.config import DEFAULT_MODELS, RunConfig, read_config, to_toml, write_config
 from mmzoo.evaluation.runs import build, class_accuracy, load_data, read_run
+from mmzoo.evaluation.tables import aggregate_seeds
 from mmzoo.models import MODELS
 
 TINY = "--data digits --limit 24 --epochs 1 --num-samples 8 --latent-dim 2 --hidden 8".split()
@@ -203,6 +204,22 @@ def test_another_seed_gives_another_table(compared: Path) -> None:
     assert before["mean"] != now["mean"]
 
 
+def test_seeds_of_training_are_aggregated_on_the_same_rows(compared: Path) -> None:
+    config = compared / "config.toml"
+    for seed in (1, 2):
+        options = ("--seed", seed, "--data-seed", 0, "--models", "mvae")
+        works("compare", "--config", config, *options, "--out", f"s{seed}")
+    tables = [read_run(folder)[0].table for folder in (compared, "s1", "s2")]
+    found = aggregate_seeds([table for table in tables if table is not None])
+    assert found.attrs["seeds"] == [0, 1, 2] and (found["num_seeds"] == 3).all()
+    assert (found["seed_std"] > 0).all()
+    works("compare", "--config", config, "--seed", 3, "--models", "mvae", "--out", "s3")
+    other = read_run("s3")[0].table
+    assert other is not None and tables[0] is not None
+    with pytest.raises(ValueError, match="same rows, found data_seed = 3 instead of 0"):
+        aggregate_seeds([tables[0], other])
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_tables_fit_the_terminal(compared: Path, width: int) -> None:
     for command in (("compare", compared), ("models",), ("data",)):
@@ -340,6 +357,7 @@ def test_command_line_of_a_config_repeats_it(monkeypatch: pytest.MonkeyPatch) ->
         missing={"label": 0.25},
         options={"mwvae": {"alignment_weight": 2.5, "modality_weights": {"label": 10}}},
         seed=3,
+        data_seed=5,
         limit=20,
     )
     found = []

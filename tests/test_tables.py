@@ -323,7 +323,7 @@ def test_cells_of_differences():
     assert not any("*" in cell for cell in cells["log p(image | y_1)"].values())
     lonely = paired_differences(make([[[-1.0]], [[-2.0]]]))
     assert table_cells(lonely)["q0"]["m1"] == "-1.00"
-    assert "best of each quantity" in table_note(lonely)
+    assert "best of each quantity" in table_note(lonely) and "of 1 test rows" in table_note(lonely)
 
 
 def test_markdown_has_one_cell_for_each_column():
@@ -386,3 +386,29 @@ def test_csv_is_read_back(tmp_path):
 
 def test_names_of_variables_of_rows():
     assert set(ROW_VARIABLES.values()) < set(written().data_vars)
+
+
+# The picture ------------------------------------------------------------------------------------
+
+
+def test_forest_plot_of_differences_has_a_line_at_the_reference():
+    from mmzoo.evaluation.figures import plot_likelihood_table
+
+    found = paired_differences(written(k=np.array([0, 1]).reshape(1, 2, 1)), reference="β|VAE")
+    for ax, quantity in zip(plot_likelihood_table(found).axes, found["quantity"].values):
+        cell = found.sel(quantity=quantity)
+        assert ax.get_title() == quantity and "difference" in ax.get_xlabel()
+        upright = [line for line in ax.lines if list(line.get_xdata()) == [0.0, 0.0]]
+        assert upright
+        bars = [each.lines[0].get_xdata()[0] for each in ax.containers]
+        assert bars == cell.difference.values.tolist()
+        face = ax.containers[0].lines[0].get_markerfacecolor()
+        assert (face == "white") == bool(cell.unreliable[0])
+    plain = plot_likelihood_table(written()).axes[0]
+    assert plain.get_xlabel() == "nats per row"
+
+
+def test_mark_is_the_same_everywhere():
+    from mmzoo.evaluation import figures, runs
+
+    assert FLAGGED_SHARE == figures.FLAGGED_SHARE == runs.FLAGGED_SHARE
