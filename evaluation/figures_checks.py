@@ -46,6 +46,7 @@ __all__ = [
 _GOOD_K = 0.7
 _SIMULATIONS = 2000
 _MAX_POINTS = 200
+_MAX_LETTERS = 40  # of a line in a panel
 _BAND = "#D9D9D9"
 
 Style = dict[str, Any]
@@ -332,13 +333,22 @@ def _draw_ecdf(
     far = -np.maximum(lower - curves, curves - upper).max(1)
     gone = [names[index] for index in np.argsort(far) if names and outside[index]]
     if gone:
-        text = ", ".join(gone[:3]) + (f" and {len(gone) - 3} more" if len(gone) > 3 else "")
         place: Style = {"transform": ax.transAxes, "fontsize": 7.5, "va": "bottom"}
-        ax.text(0.02, 0.02, "outside: " + text, color=_VERMILION, **place)
+        ax.text(0.02, 0.02, _outside(gone), color=_VERMILION, **place)
     ax.margins(y=0.18)
     ax.set_xlim(0, 1)
     ax.locator_params(nbins=5)
     _despine(ax)
+
+
+def _outside(names: Sequence[str]) -> str:
+    """The first names, as many as a panel has room for."""
+    for count in range(len(names), 0, -1):
+        rest = f" and {len(names) - count} more" if count < len(names) else ""
+        text = f"outside: {', '.join(names[:count])}{rest}"
+        if len(text) <= _MAX_LETTERS:
+            break
+    return text
 
 
 def _ecdf(values: np.ndarray, points: np.ndarray) -> np.ndarray:

@@ -298,7 +298,7 @@ def test_coordinates_name_modalities_and_members(tree: xr.DataTree) -> None:
     assert constant["member"].sel(subset="image+label").all()
 
 
-def test_predictions_from_each_subset() -> None:
+def test_predictions_from_each_subset(arviz: ModuleType) -> None:
     x, observed = holed_data()
     options = {"num_draws": DRAWS, "num_samples": 0, "given": ["label"]}
     tree = to_datatree(exact_vae(), x, observed, subset_predictive=True, **options)
@@ -311,6 +311,8 @@ def test_predictions_from_each_subset() -> None:
     variance = cov.diagonal(dim1=-2, dim2=-1) + world().scales["image"] ** 2
     drawn = torch.tensor(found.sel(subset="label").values[0])
     assert ((drawn.mean(0) - loc) / (variance / DRAWS).sqrt()).abs().max() < 5
+    if hasattr(arviz, "from_datatree"):  # a group beside those of the schema
+        assert "subset_predictive" in arviz.from_datatree(tree).groups()
 
 
 def own_pair(**options: Any) -> PyroPair:

@@ -187,6 +187,11 @@ def test_statistics_are_dashed_beside_the_latents() -> None:
     figure = plot_calibration(more.assign_coords(statistic=["log_joint"]))
     assert texts(figure.axes[0]) == ["outside: log joint"]
     assert [line.is_dashed() for line in figure.axes[0].lines[1:]] == [False, False, True]
+    wide = ecdf().isel(latent=[1] * 6)
+    wide = wide.assign_coords(latent=[f"a_long_name_{i}" for i in range(6)])
+    figure = plot_calibration(wide)
+    assert texts(figure.axes[1]) == ["outside: a_long_name_0 and 5 more"]
+    check_texts(figure)
 
 
 def test_pictures_of_what_the_checks_return() -> None:
