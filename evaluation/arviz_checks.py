@@ -146,7 +146,8 @@ def conditional_loo(tree: xr.DataTree, of: str = "joint") -> xr.Dataset:
     whose Pareto k is small, which are those that say little about their latents.
 
     Args:
-        tree: Result of :func:`mmzoo.evaluation.to_datatree`.
+        tree: Result of :func:`mmzoo.evaluation.to_datatree`, best with `resampled=True`: the
+            identity is one of the exact posterior, not of the guide.
         of: A variable of `log_likelihood`: a modality, or "joint".
 
     Returns:
@@ -166,10 +167,10 @@ def conditional_loo(tree: xr.DataTree, of: str = "joint") -> xr.Dataset:
             f"of: expected one of {', '.join(map(str, scores.data_vars))}, found {of!r}"
         )
     values = scores[of]
-    kept = np.isfinite(values).all(("chain", "draw")).values
+    kept = np.isfinite(values.transpose("chain", "draw", "row").values).all((0, 1))
     elpd, k = np.full(len(kept), np.nan), np.full(len(kept), np.nan)
     if kept.any():
-        array = values.isel(row=kept).values
+        array = values.transpose("chain", "draw", "row").isel(row=kept).values
         dims = {of: ["row"]}
         data = arviz_base.from_dict({"log_likelihood": {of: array}}, dims=dims)
         az = _arviz()
@@ -183,7 +184,7 @@ def conditional_loo(tree: xr.DataTree, of: str = "joint") -> xr.Dataset:
     if share:
         warnings.warn(
             f"conditional_loo: Pareto k exceeds {_GOOD_K} in {100 * share:.0f} % of the rows, "
-            "whose values are too high; compare models by compare_models on log_likelihood instead",
+            "which are not to be relied on; compare models by compare_models instead",
             stacklevel=2,
         )
     return xr.Dataset(

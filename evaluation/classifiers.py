@@ -142,7 +142,8 @@ def train_classifier(
         held, kept = order[:held_rows], order[held_rows:]
         shape = tuple(dataset.batch(index[:1])[0][modality].shape[1:])
         likelihood = None if described is None else described.likelihood
-        classifier = Classifier(modality, _network(shape, likelihood, len(names)), names)
+        network = _network(shape, likelihood, len(names)).to(dataset.device)
+        classifier = Classifier(modality, network, names)
         targets = torch.from_numpy(target)
         optimizer = torch.optim.Adam(classifier.parameters(), lr=learning_rate)
         for epoch in range(epochs):

@@ -291,9 +291,9 @@ def _table(
 ) -> xr.Dataset:
     cells = np.array([[mean_and_error(each) for each in row] for row in hits])
     cross = np.array([[name not in subset for name in targets] for subset in subsets])
-    sizes = sorted({len(subset) for subset in subsets})
+    sizes = sorted({len(subset) for subset, row in zip(subsets, cross, strict=True) if row.any()})
     by_size = [np.array([len(subset) == size for subset in subsets]) for size in sizes]
-    averages = np.array([_average(hits[cross & same[:, None]]) for same in by_size])
+    averages = np.array([_average(hits[cross & same[:, None]]) for same in by_size]).reshape(-1, 2)
     judged = np.array([mean_and_error(each)[:2] for each in real])
     cell = ("subset", "target")
     variables: dict[str, Any] = {

@@ -654,7 +654,7 @@ def _latents(
 
 def _plane(
     parts: Sequence[np.ndarray], site: str, method: str, seed: int
-) -> tuple[list[np.ndarray], tuple[str, ...]]:
+) -> tuple[list[np.ndarray], list[str]]:
     """Latents (*, D) of each subset in one plane (*, 2), and the names of its axes."""
     if method not in ("pca", "tsne"):
         raise ValueError(f"method: expected 'pca' or 'tsne', found {method!r}")
@@ -665,15 +665,15 @@ def _plane(
         )
     if z.shape[-1] <= 2:
         plane = np.pad(z, [(0, 0), (0, 2 - z.shape[-1])])
-        names = (f"{site}[0]", f"{site}[1]" if z.shape[-1] == 2 else "")
+        names = [f"{site}[0]", f"{site}[1]" if z.shape[-1] == 2 else ""]
     elif method == "tsne":
-        plane, names = _embed(z, seed), ("t-SNE 1", "t-SNE 2")
+        plane, names = _embed(z, seed), ["t-SNE 1", "t-SNE 2"]
     else:
         center = z.mean(0)
         _, scales, axes = np.linalg.svd(z - center, full_matrices=False)
         share = 100 * scales**2 / (scales**2).sum()
         plane = (z - center) @ axes[:2].T
-        names = tuple(f"component {i + 1} ({share[i]:.0f} % of variance)" for i in range(2))
+        names = [f"component {i + 1} ({share[i]:.0f} % of variance)" for i in range(2)]
     return np.split(plane, np.cumsum([len(part) for part in parts])[:-1]), names
 
 

@@ -145,7 +145,7 @@ def _log_weights(values: xr.DataTree | xr.DataArray | np.ndarray | Tensor) -> np
 
 def _draw_spread(ax: Axes, relative: np.ndarray) -> None:
     low, high = float(np.quantile(relative, 0.002)), float(relative.max())
-    edges = np.linspace(min(low, -1.0), max(high, 1.0), 51)
+    edges = np.linspace(min(low, -1.0), max(high, 1.0), 51).tolist()
     ax.hist(relative.ravel(), edges, color=_BLUE, linewidth=0, log=True)
     ax.axvline(0, color=_INK, linewidth=0.8, linestyle=(0, (4, 2)))
     ax.set_title("Weights of all rows")
@@ -185,11 +185,12 @@ def plot_calibration(
     The grey band holds the whole curve of a calibrated latent with the probability at which it was
     made. A curve that leaves it is vermilion and named: above zero on the left and below on the
     right the posterior is too narrow (a hump before a trough), the other way round too wide, all on
-    one side shifted.
+    one side shifted. Dashed: statistics of all latents together, such as log p(x, z).
 
     Args:
-        ecdf: Result of `mmzoo.evaluation.calibration.calibration_ecdf`: `difference` over (subset,
-            latent, point), `lower` and `upper` over point.
+        ecdf: Result of :func:`mmzoo.evaluation.calibration.calibration_ecdf`: `difference` over
+            (subset, latent, point), `lower` and `upper` over point, and if known
+            `statistic_difference` over (subset, statistic, point).
         figure: Where to draw.
         columns: Panels side by side; 1 for a narrow page.
 
@@ -199,12 +200,18 @@ def plot_calibration(
     _need(ecdf, ("difference", "lower", "upper"), "ecdf", "calibration_ecdf")
     subsets = ecdf["subset"].values
     points, names = ecdf["point"].values, [str(name) for name in ecdf["latent"].values]
+    if "statistic_difference" in ecdf:
+        names += [str(name).replace("_", " ") for name in ecdf["statistic"].values]
     band = ecdf["lower"].values, ecdf["upper"].values
     with _style():
         figure, grid = _grid(figure, len(subsets), columns, (3.1, 2.5), sharex=True, sharey=True)
         for ax, subset in zip(grid, subsets, strict=True):
-            curves = ecdf["difference"].sel(subset=subset).transpose("latent", "point")
-            _draw_ecdf(ax, points, curves.values, names, band)
+            here = ecdf.sel(subset=subset)
+            curves = here["difference"].transpose("latent", "point").values
+            if "statistic_difference" in here:
+                statistics = here["statistic_difference"].transpose("statistic", "point").values
+                curves = np.concatenate([curves, statistics])
+            _draw_ecdf(ax, points, curves, names, band, len(here["latent"]))
             ax.set_title("given " + str(subset).replace("+", " + "))
             ax.set_xlabel("rank / number of draws")
             ax.set_ylabel("ECDF − uniform")
@@ -219,8 +226,8 @@ def plot_coverage(coverage: xr.Dataset, ax: Axes | None = None) -> Axes:
     the posterior is too narrow.
 
     Args:
-        coverage: Result of `mmzoo.evaluation.calibration.coverage`: `coverage` and `standard_error`
-            over (subset, latent, level).
+        coverage: Result of :func:`mmzoo.evaluation.calibration.coverage`: `coverage` and
+            `standard_error` over (subset, latent, level).
         ax: Where to draw.
 
     Raises:
@@ -286,7 +293,7 @@ def plot_pit(pit: xr.Dataset, ax: Axes | None = None, *, level: float = 0.95) ->
     points = np.linspace(0, 1, min(num, _MAX_POINTS) + 1)[1:-1] if num > 1 else np.array([0.5])
     curves = np.stack([_ecdf(column[np.isfinite(column)], points) for column in values.T])
     band = _simultaneous_band(num, points, level)
-    outside = ((curves < band[0]) | (curves > band[1])).any(1)
+    outside = np.any((curves < band[0]) | (curves > band[1]), axis=1)
     with _style():
         ax = _new_figure(3.6, 2.8).subplots() if ax is None else ax
         _draw_ecdf(ax, points, curves, [], band)
@@ -308,19 +315,24 @@ def _draw_ecdf(
     curves: np.ndarray,
     names: Sequence[str],
     band: tuple[np.ndarray, np.ndarray],
+    num_solid: int | None = None,
 ) -> None:
+    """Curves over their band; those after the first `num_solid` are dashed."""
     lower, upper = band
     ends = np.concatenate([[0.0], points, [1.0]])
     ax.fill_between(ends, np.pad(lower, 1), np.pad(upper, 1), color=_BAND, linewidth=0)
     ax.axhline(0, color=_GREY, linewidth=0.7)
-    outside = ((curves < lower) | (curves > upper)).any(1)
-    for curve, out in zip(curves, outside, strict=True):
+    outside = np.any((curves < lower) | (curves > upper), axis=1)
+    for index, (curve, out) in enumerate(zip(curves, outside, strict=True)):
         style: Style = {"color": _VERMILION if out else _BLUE, "linewidth": 1.2 if out else 0.8}
+        if num_solid is not None and index >= num_solid:
+            style["linestyle"] = (0, (3, 1.5))
         faint = 1.0 if len(curves) <= 12 or out else 0.5
         ax.plot(ends, np.pad(curve, 1), alpha=faint, zorder=3 if out else 2, **style)
-    gone = [name for name, out in zip(names, outside, strict=False) if out]
+    far = -np.maximum(lower - curves, curves - upper).max(1)
+    gone = [names[index] for index in np.argsort(far) if names and outside[index]]
     if gone:
-        text = ", ".join(gone[:4]) + (f" and {len(gone) - 4} more" if len(gone) > 4 else "")
+        text = ", ".join(gone[:3]) + (f" and {len(gone) - 3} more" if len(gone) > 3 else "")
         place: Style = {"transform": ax.transAxes, "fontsize": 7.5, "va": "bottom"}
         ax.text(0.02, 0.02, "outside: " + text, color=_VERMILION, **place)
     ax.margins(y=0.18)
@@ -429,7 +441,7 @@ def plot_coherence(results: xr.Dataset | Mapping[str, xr.Dataset], ax: Axes | No
     The dotted line is the classifier's own accuracy on the data, which bounds what can be measured.
 
     Args:
-        results: Result of `mmzoo.evaluation.coherence.coherence`, with `average` and
+        results: Result of :func:`mmzoo.evaluation.coherence.coherence`, with `average` and
             `average_standard_error` over size; or title to such.
         ax: Where to draw.
 
@@ -483,7 +495,7 @@ def plot_differences(
     Pareto k exceeds 0.7 in more than a tenth of the rows of either model, with the share beside it.
 
     Args:
-        differences: Result of `mmzoo.evaluation.tables.paired_differences`: `difference` and
+        differences: Result of :func:`mmzoo.evaluation.tables.paired_differences`: `difference` and
             `standard_error` over model and quantity, and if known `pareto_k`, `unreliable` and
             `reference`.
         figure: Where to draw.
@@ -569,7 +581,9 @@ def _grid(
     panels: int,
     columns: int,
     size: tuple[float, float],
-    **share: bool,
+    *,
+    sharex: bool = False,
+    sharey: bool = False,
 ) -> tuple[Figure | SubFigure, list[Axes]]:
     """So many panels of a size in inches; the rest of their grid is empty."""
     if columns < 1:
@@ -578,7 +592,7 @@ def _grid(
     lines = math.ceil(panels / columns)
     if figure is None:
         figure = _new_figure(size[0] * columns + 0.4, size[1] * lines)
-    grid = figure.subplots(lines, columns, squeeze=False, **share).ravel()
+    grid = figure.subplots(lines, columns, sharex=sharex, sharey=sharey, squeeze=False).ravel()
     for ax in grid[panels:]:
         ax.set_axis_off()
     return figure, list(grid[:panels])

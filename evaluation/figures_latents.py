@@ -177,8 +177,8 @@ def plot_contraction(
 
     Args:
         contraction: `contraction` over (subset, latent), 1 - Var q / Var p: the result of
-            `mmzoo.evaluation.posterior.contraction`, or the variable itself. Latents are sorted by
-            their mean.
+            :func:`mmzoo.evaluation.posterior.contraction`, or the variable itself. Latents are
+            sorted by their mean.
         ax: Where to draw.
         kind: "heat" for a map with one cell a latent; "bar" for the mean over latents of each
             subset, with the latents as dots.

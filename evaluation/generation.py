@@ -450,9 +450,9 @@ def _features(
 ) -> np.ndarray:
     """Features ``(N, D)`` in double precision, a batch at a time."""
     if not isinstance(rows, Tensor) or rows.dim() < 2 or len(rows) < 2:
-        found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+        shape = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
         raise ValueError(
-            f"frechet_distance {name}: expected a tensor of at least two rows (N, …), found {found}"
+            f"frechet_distance {name}: expected a tensor of at least two rows (N, …), found {shape}"
         )
     parts = []
     for done in range(0, len(rows), batch_size):

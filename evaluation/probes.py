@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
-import torch
 import xarray as xr
 from torch import Tensor
 
@@ -188,7 +187,7 @@ def clustering(
         num_rows = 0 if reason else len(rows.index(subset))
         if not reason and num_rows < max(count, _MIN_ROWS):
             reason = f"{num_rows} rows have it and a label, fewer than {count} clusters"
-        scores = (np.nan,) * 6
+        scores: tuple[float, ...] = (np.nan,) * 6
         if not reason:
             z, y = rows.latents(subset, chosen, seed, options)
             clusters = _clusters(z, count, method, num_starts, seed)

@@ -6,9 +6,7 @@ readable on a phone, on paper, and in dark or light surroundings.
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import math
 import os
 import re
@@ -21,13 +19,16 @@ from typing import TYPE_CHECKING, Any
 import xarray as xr
 
 from mmzoo.evaluation.figures import FLAGGED_SHARE, plot_likelihood_table, training_figure
+from mmzoo.evaluation.figures_checks import plot_differences
+from mmzoo.evaluation.report_checks import check_sections
+from mmzoo.evaluation.report_parts import figure_html, section
+from mmzoo.evaluation.tables import paired_differences
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["write_report"]
 
-_PNG = b"\x89PNG\r\n\x1a\n"
 _MINUS, _NBSP = "\u2212", "\u00a0"
 _LISTED = 12  # shares of unreliable rows that are listed openly; more would be a wall of text
 _PAGE = """<!DOCTYPE html>
@@ -72,6 +73,7 @@ th[scope="row"], thead th:first-child { text-align: left; padding-left: 0;
 td .se { color: var(--soft); font-size: .88em; }
 td.flagged, .flag { color: var(--flag); }
 td.flagged .se { color: inherit; }
+details { margin: .5rem 0; } summary { cursor: pointer; color: var(--soft); }
 dl { margin: 1rem 0; display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.2rem; }
 dt { font-weight: 600; }
 dd { margin: 0; color: var(--soft); }
@@ -101,6 +103,7 @@ def write_report(
     table: xr.Dataset | None = None,
     histories: Mapping[str, xr.Dataset] | None = None,
     figures: Mapping[str, Figure | str | os.PathLike[str]] | None = None,
+    checks: Mapping[str, xr.DataTree] | None = None,
     config: Mapping[str, Any] | str | None = None,
     command: str | None = None,
     lead: str = "",
@@ -113,6 +116,7 @@ def write_report(
         table: Result of `likelihood_table`.
         histories: Name of each model to the history of its training.
         figures: Caption to a matplotlib figure, or to the path of a PNG file.
+        checks: Name of each model to the result of :func:`mmzoo.evaluation.check_model`.
         config: What the run was configured with; nested dicts become sections, text stays.
         command: The command that repeats the run.
         lead: One sentence below the title.
@@ -123,19 +127,24 @@ def write_report(
     sections = []
     if table is not None:
         sections.append(_likelihoods(table))
+        if "log_prob" in table and table.sizes["model"] > 1:
+            sections.append(_differences(table))
+    sections += check_sections(checks or {})
     if histories:
         caption = (
             "Training curves. Solid: training rows; dashed: held-out rows. Bounds of different "
             "models are different quantities; compare likelihoods in the table instead."
         )
         sections.append(
-            _section("Training", _figure(caption, training_figure(histories).get_figure(root=True)))
+            section(
+                "Training", figure_html(caption, training_figure(histories).get_figure(root=True))
+            )
         )
-    pictures = "".join(_figure(caption, each) for caption, each in (figures or {}).items())
+    pictures = "".join(figure_html(caption, each) for caption, each in (figures or {}).items())
     if pictures:
-        sections.append(_section("What the models make of the data", pictures))
+        sections.append(section("What the models make of the data", pictures))
     if config or command:
-        sections.append(_section("To repeat this", _repeat(config, command)))
+        sections.append(section("To repeat this", _repeat(config, command)))
     page = _PAGE.format(
         title=html.escape(title),
         style=_STYLE,
@@ -152,10 +161,6 @@ def _write(path: Path, page: str) -> None:
         part = Path(folder) / path.name
         part.write_text(page, encoding="utf-8")
         os.replace(part, path)
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section>\n<h2>{html.escape(title)}</h2>\n{body}\n</section>"
 
 
 def _versions() -> str:
@@ -185,9 +190,21 @@ def _likelihoods(table: xr.Dataset) -> str:
         "The same likelihoods. Bars are 95 % intervals over rows; a hollow marker flags an "
         "estimate whose importance weights are heavy-tailed."
     )
-    return _section(
-        "Likelihoods of held-out rows", body + _figure(caption, figure.get_figure(root=True))
+    return section(
+        "Likelihoods of held-out rows", body + figure_html(caption, figure.get_figure(root=True))
     )
+
+
+def _differences(table: xr.Dataset) -> str:
+    differences = paired_differences(table)
+    figure = plot_differences(differences).get_figure(root=True)
+    caption = (
+        "Differences to the model with the best mean in each column, row by row: the rows are the "
+        "same, so that their spread cancels. Bars are 95 % intervals; grey: not to be told apart "
+        "from the best. Hollow: weights too heavy-tailed in one of the two models, with the share "
+        "of such rows."
+    )
+    return section("Which differences are real", figure_html(caption, figure))
 
 
 def _cell(cell: xr.Dataset) -> str:
@@ -270,34 +287,6 @@ def _explain(quantity: str) -> str:
 
 
 # Pictures, configuration --------------------------------------------------------------------------
-
-
-def _figure(caption: str, figure: Figure | str | os.PathLike[str]) -> str:
-    data = _png(caption, figure)
-    width = int.from_bytes(data[16:20], "big")
-    height = int.from_bytes(data[20:24], "big")
-    text = html.escape(caption)
-    source = base64.b64encode(data).decode("ascii")
-    return (
-        f'<figure>\n<div class="picture" style="--width: {width * 2 // 3}px">'
-        f'<img alt="{text}" width="{width}" height="{height}" '
-        f'src="data:image/png;base64,{source}"></div>\n'
-        f"<figcaption>{text}</figcaption>\n</figure>\n"
-    )
-
-
-def _png(caption: str, figure: Figure | str | os.PathLike[str]) -> bytes:
-    if isinstance(figure, str | os.PathLike):
-        data = Path(figure).read_bytes()
-        if not data.startswith(_PNG):
-            raise ValueError(
-                f"figure {caption!r}: expected a PNG file, found {str(figure)!r}; "
-                "save it with figure.savefig('name.png')"
-            )
-        return data
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, facecolor="white", metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def _repeat(config: Mapping[str, Any] | str | None, command: str | None) -> str:

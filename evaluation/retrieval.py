@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mmzoo.batch import modality_names
 from mmzoo.data import MultimodalDataset
-from mmzoo.evaluation.pair import Pair, device_of, quiet, subset_name
+from mmzoo.evaluation.pair import Pair, device_of, dtype_of, quiet, subset_name
 from mmzoo.evaluation.rowwise import (
     Progress,
     Subset,
@@ -77,7 +77,7 @@ def retrieval(
             posterior has no closed form.
         batch_size: Rows at a time; memory goes with this number times the number of rows.
         seed: Of the draws, and of the resampling behind the median's standard error.
-        on_progress: Called with the pairs of query and target done and in all.
+        on_progress: Called with the batches of queries done and in all.
 
     Returns:
         Over ``query``, ``target`` and ``k``: ``recall``, its ``standard_error`` over queries, and
@@ -109,19 +109,21 @@ def retrieval(
     rank = np.full((3, *shape), np.nan)
     counts = np.zeros((2, *shape), dtype=int)
     note = np.full(shape, "", dtype=object)
-    for done, (q, t) in enumerate(np.ndindex(shape)):
-        asked, sought = queries[q], targets[t]
-        note[q, t] = search.reason(asked, sought)
+    for q, t in np.ndindex(shape):
+        note[q, t] = search.reason(queries[q], targets[t])
+    steps = _Steps(
+        on_progress,
+        sum(search.num_batches(queries[q], targets[t]) for q, t in np.argwhere(note == "")),
+    )
+    for q, t in np.ndindex(shape):
         if not note[q, t]:
-            better, ties, candidates = search.ranks(asked, sought)
+            better, ties, candidates = search.ranks(queries[q], targets[t], steps)
             counts[:, q, t] = len(better), candidates
             rank[:, q, t] = *_median(better + 1 + ties / 2, seed), (candidates + 1) / 2
             for i, size in enumerate(k):
                 hits = ((size - better) / (ties + 1)).clip(0.0, 1.0)
                 recall[:2, q, t, i] = mean_and_error(hits)[:2]
                 recall[2, q, t, i] = min(size / candidates, 1.0)
-        if on_progress:
-            on_progress(done + 1, len(queries) * len(targets))
     pairs, cells = ("query", "target"), ("query", "target", "k")
     return xr.Dataset(
         {
@@ -166,6 +168,18 @@ def _subsets(
     return found
 
 
+class _Steps:
+    """Counts batches of queries."""
+
+    def __init__(self, on_progress: Progress | None, total: int) -> None:
+        self.on_progress, self.total, self.done = on_progress, total, 0
+
+    def step(self) -> None:
+        self.done += 1
+        if self.on_progress:
+            self.on_progress(self.done, self.total)
+
+
 class _Search:
     """Ranks of the right rows for one pair and one set of rows."""
 
@@ -195,7 +209,13 @@ class _Search:
             return "no row has both"
         return ""
 
-    def ranks(self, asked: Subset, sought: Subset) -> tuple[np.ndarray, np.ndarray, int]:
+    def num_batches(self, asked: Subset, sought: Subset) -> int:
+        """How many batches of queries there are."""
+        return -(-int(self.rows.having((*asked, *sought)).sum()) // self.batch_size)
+
+    def ranks(
+        self, asked: Subset, sought: Subset, steps: _Steps
+    ) -> tuple[np.ndarray, np.ndarray, int]:
         """For each query: how many candidates are better, how many others tie; and their number."""
         has = self.rows.having(sought)
         candidates = has.nonzero().squeeze(-1)
@@ -203,40 +223,38 @@ class _Search:
         place = has.cumsum(0) - 1  # of a row among the candidates
         better, ties = [], []
         with quiet(self.pair, self.seed):
-            for part, scores in self._scores(asked, sought, queries, candidates):
+            for part, scores, slack in self._scores(asked, sought, queries, candidates):
                 own = place[part].to(scores.device)[:, None]
                 right = scores.gather(1, own)
-                finite = torch.where(scores.isfinite(), scores, 0.0)
-                slack = _TIE * self._eps() * finite.abs().amax(1, keepdim=True)
                 equal = (scores - right).abs() <= slack
                 equal |= scores == right  # both without any density
                 above = (scores > right) & ~equal
                 better.append(above.sum(1).cpu().numpy())
                 ties.append(equal.sum(1).cpu().numpy() - 1)
+                steps.step()
         return np.concatenate(better), np.concatenate(ties), len(candidates)
-
-    def _eps(self) -> float:
-        return (
-            torch.finfo(next(iter(self.known.values()))[0].dtype).eps
-            if self.known
-            else (torch.finfo(torch.get_default_dtype()).eps)
-        )
 
     def _scores(
         self, asked: Subset, sought: Subset, queries: Tensor, candidates: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Some queries and their scores of all candidates, ``(q, C)``; larger is better."""
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Some queries, their scores ``(q, C)`` of all candidates, and the round-off of these."""
+        eps = _TIE * torch.finfo(dtype_of(self.pair)).eps
         if self.method == "likelihood":
             for part in queries.split(self.batch_size):
                 x = self.rows.take(asked, part, device_of(self.pair))
                 fns = decode_rows(self.pair, x, self.num_draws)
-                yield part, self._densities({n: fns[n] for n in sought}, candidates)
+                scores = self._densities({name: fns[name] for name in sought}, candidates)
+                finite = torch.where(scores.isfinite(), scores, 0.0)
+                yield part, scores, eps * finite.abs().amax(1, keepdim=True)
             return
         one, other = self._moments(asked), self._moments(sought)
-        far = tuple(each[candidates] for each in other)
+        far = (other[0][candidates], other[1][candidates])
+        # Equal latents differ by the round-off of the latents, not by that of their distance.
+        size = torch.stack([each.abs().amax() for each in (*far, *(m[queries] for m in one))]).max()
+        scale = {"cosine": torch.ones_like(size), "euclidean": size, "wasserstein": size**2}
         for part in queries.split(self.batch_size):
-            near = tuple(each[part] for each in one)
-            yield part, _similarity(near, far, self.method)
+            near = (one[0][part], one[1][part])
+            yield part, _similarity(near, far, self.method), eps * scale[self.method]
 
     def _moments(self, subset: Subset) -> tuple[Tensor, Tensor]:
         """Mean and spread of ``q(z | x_S)``, ``(N, D)``; NaN in rows without S."""

@@ -53,6 +53,16 @@ class RowDraws(NamedTuple):
     ess: Tensor
 
 
+class _Chunk(NamedTuple):
+    """Some draws of some rows, with the weight of each in an average."""
+
+    latents: dict[str, Tensor]
+    scores: dict[str, Tensor]
+    lp: Tensor
+    log_weight: Tensor
+    log_coef: Tensor
+
+
 def draw_rows(
     pair: Pair,
     x: Mapping[str, Tensor],
@@ -126,7 +136,7 @@ def _draw_some(
     extra = {"num_rows": rows} if blank else {}
     total = num_proposals or num_draws
     size = max(1, _CHUNK // rows)
-    chunks, coefs = [], []
+    chunks: list[_Chunk] = []
     for start in range(0, total, size):
         num = min(size, total - start)
         draws = draw(
@@ -147,9 +157,9 @@ def _draw_some(
         }
         scores["joint"] = _joint(scores, lp)
         weight = lp - log_proposal(draws, rows)
-        chunks.append((latent_values(draws), scores, lp, weight))
-        coefs.append(draws.log_coef.expand(num, rows))
-    return _select(chunks, torch.cat(coefs), num_draws if num_proposals else 0)
+        coef = draws.log_coef.expand(num, rows)
+        chunks.append(_Chunk(latent_values(draws), scores, lp, weight, coef))
+    return _select(chunks, num_draws if num_proposals else 0)
 
 
 def _joint(scores: Mapping[str, Tensor], like: Tensor) -> Tensor:
@@ -160,19 +170,13 @@ def _joint(scores: Mapping[str, Tensor], like: Tensor) -> Tensor:
     return stacked.nansum(0).where(~stacked.isnan().all(0), torch.nan)
 
 
-def _select(
-    chunks: list[tuple[dict[str, Tensor], dict[str, Tensor], Tensor, Tensor]],
-    log_coef: Tensor,
-    num_draws: int,
-) -> RowDraws:
+def _select(chunks: list[_Chunk], num_draws: int) -> RowDraws:
     """Joins the chunks and, if ``num_draws`` is not 0, resamples that many draws of each row."""
-    latents, scores, lp, weight = (
-        {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        if isinstance(parts[0], dict)
-        else torch.cat(parts)
-        for parts in zip(*chunks, strict=True)
-    )
-    log_w = (weight + log_coef).double()
+    latents = _join([chunk.latents for chunk in chunks])
+    scores = _join([chunk.scores for chunk in chunks])
+    lp = torch.cat([chunk.lp for chunk in chunks])
+    weight = torch.cat([chunk.log_weight for chunk in chunks])
+    log_w = (weight + torch.cat([chunk.log_coef for chunk in chunks])).double()
     share = log_w.softmax(0)
     summary = torch.as_tensor(pareto_k(log_w)), 1 / share.square().sum(0)
     if not num_draws:
@@ -186,6 +190,10 @@ def _select(
     latents = {name: pick(value) for name, value in latents.items()}
     scores = {name: pick(value) for name, value in scores.items()}
     return RowDraws(latents, scores, pick(lp), pick(weight), *summary)
+
+
+def _join(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _splice(parts: list[tuple[Tensor, RowDraws]]) -> RowDraws:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mmzoo.batch import modality_names
 from mmzoo.data import MultimodalDataset
+from mmzoo.distributions import Mixture
 from mmzoo.evaluation.pair import Pair, PyroPair, device_of, row_masks
 from mmzoo.inference.draws import draw, latent_values
 from mmzoo.modality import Modality
@@ -44,7 +45,7 @@ __all__ = [
 
 Subset = tuple[str, ...]
 Progress = Callable[[int, int], None]
-_LABELS = ("categorical", "one_hot_categorical")
+_CLOSED = (torch.distributions.Normal, torch.distributions.Laplace)
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def decode_rows(
         num_draws: K.
         num_rows: N, where nothing is observed.
     """
-    extra = {} if x else {"num_rows": num_rows}
+    extra: dict[str, Any] = {} if x else {"num_rows": num_rows}
     latents = latent_values(draw(pair.guide, x, None, num_draws, stratified=False, **extra))
     free = {name: x[name] if name in pair.always_given else None for name in pair.modalities}
     rows = num_rows if num_rows is not None else len(next(iter(x.values())))
@@ -258,8 +259,9 @@ def latent_moments(
     if not isinstance(pair, PyroPair) and tuple(sites) == ("z",):
         q = pair.posterior(x)
         base = q.base_dist if isinstance(q, torch.distributions.Independent) else q
-        if isinstance(base, torch.distributions.Normal | torch.distributions.Laplace):
-            return q.mean, q.stddev
+        # Not a subclass: a mixture of flows has no moments in closed form.
+        if type(base) is Mixture or isinstance(base, _CLOSED):
+            return q.mean, q.variance.sqrt()
     drawn = _side_by_side(pair, x, sites, num_draws)
     spread = drawn.std(0) if num_draws > 1 else torch.zeros_like(drawn[0])
     return drawn.mean(0), spread
@@ -302,7 +304,7 @@ def prior_distributions(
     if pair.always_given:
         raise ValueError(
             f"{where}: expected a pair that generates from its prior, found {pair.title}, which is "
-            f"conditional on {', '.join(pair.always_given)}; give={pair.always_given!r} instead"
+            f"conditional on {', '.join(pair.always_given)}; measure what it generates given that"
         )
     for start in range(0, num_samples, batch_size):
         yield decode_rows(pair, {}, 1, num_rows=min(batch_size, num_samples - start))

@@ -5,7 +5,7 @@ The folder of a model is a run of its own, and a comparison is a folder of such 
     runs/digits/            config.toml  table.csv  table.md  table.tex  differences.csv
                             report.html  figures/
     runs/digits/mvae/       config.toml  config.json  model.safetensors  history.nc
-                            evaluation.nc  table.nc
+                            evaluation.nc  checks.nc  table.nc
 
 Each file is written beside its place and then moved there; `history.nc` says that training is over,
 `table.nc` that the evaluation is.
@@ -28,8 +28,9 @@ import xarray as xr
 from pyro.infer import ELBO
 
 from mmzoo.data import DATASETS, MultimodalDataset, load, missing_completely_at_random
+from mmzoo.evaluation.checks import check_model, default_classifiers
 from mmzoo.evaluation.config import RunConfig, read_config, write_config
-from mmzoo.evaluation.datatree import save_datatree, to_datatree
+from mmzoo.evaluation.datatree import load_datatree, save_datatree, to_datatree
 from mmzoo.evaluation.likelihood import likelihood_table
 from mmzoo.evaluation.tables import (
     FLAGGED_SHARE,
@@ -49,6 +50,8 @@ from mmzoo.vae import MultimodalVAE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
+
+    from mmzoo.evaluation.classifiers import ClassifierLike
 
 __all__ = [
     "FLAGGED_SHARE",
@@ -76,6 +79,7 @@ _MODEL_FILES = (
     "model.safetensors",
     "history.nc",
     "evaluation.nc",
+    "checks.nc",
     "table.nc",
 )
 _SUMMARY_FILES = ("table.csv", "table.md", "table.tex", "differences.csv", "report.html")
@@ -91,6 +95,7 @@ class Run:
         vae: The model, in evaluation mode.
         history: Of its training.
         table: Its likelihoods and accuracies, None before it is evaluated.
+        checks: What :func:`mmzoo.evaluation.checks.check_model` found, None where it was not asked.
     """
 
     folder: Path
@@ -98,6 +103,7 @@ class Run:
     vae: MultimodalVAE
     history: xr.Dataset
     table: xr.Dataset | None
+    checks: xr.DataTree | None = None
 
 
 # Making -----------------------------------------------------------------------------------------
@@ -322,9 +328,14 @@ def _read_model(folder: Path, config: RunConfig) -> Run:
             f"mmzoo train --config {folder}/config.toml --resume"
         )
     vae = model_class(config.models[0]).from_pretrained(folder).eval()
-    table = folder / "table.nc"
+    table, checks = folder / "table.nc", folder / "checks.nc"
     return Run(
-        folder, config, vae, _read(folder / "history.nc"), _read(table) if table.is_file() else None
+        folder,
+        config,
+        vae,
+        _read(folder / "history.nc"),
+        _read(table) if table.is_file() else None,
+        load_datatree(checks) if checks.is_file() else None,
     )
 
 
@@ -351,24 +362,36 @@ def _read(path: Path) -> xr.Dataset:
 def evaluate_run(
     run: Run,
     *,
+    train: MultimodalDataset | None = None,
     test: MultimodalDataset | None = None,
     num_samples: int | None = None,
     prior_share: float | None = None,
     limit: int | None = None,
+    checks: bool = True,
+    classifiers: Mapping[str, ClassifierLike] | None = None,
     on_chunk: OnChunk | None = None,
 ) -> Run:
-    """Likelihoods, accuracies and the ArviZ export of a model, kept in its folder.
+    """Likelihoods, accuracies, checks and the ArviZ export of a model, kept in its folder.
 
     Args:
         run: The trained model.
+        train: Training rows, if they are at hand.
         test: Test rows, if they are at hand.
         num_samples: Importance samples of each row; default: as configured.
         prior_share: Share of them that the prior gives; default: as configured.
         limit: Only the first so many test rows.
-        on_chunk: As in :func:`mmzoo.evaluation.likelihood_table`.
+        checks: Whether to run :func:`mmzoo.evaluation.checks.check_model`, too.
+        classifiers: For the checks; default: those of
+            :func:`mmzoo.evaluation.checks.default_classifiers`.
+        on_chunk: As in :func:`mmzoo.evaluation.likelihood_table`; checks have no rows to count.
     """
     config, vae = run.config, run.vae
-    test = load_data(config)[1] if test is None else test
+    if test is None or (checks and train is None):
+        found = load_data(config)
+        train, test = (
+            known if known is not None else new
+            for known, new in zip((train, test), found, strict=True)
+        )
     if limit is not None:
         test = test.subset(range(min(len(test), limit)))
     num_samples = config.num_samples if num_samples is None else num_samples
@@ -404,9 +427,29 @@ def evaluate_run(
         seed=config.seed,
     )
     save_datatree(tree, run.folder / "evaluation.nc")
-    _save(table, run.folder / "table.nc")
+    checked = None
+    (run.folder / "checks.nc").unlink(missing_ok=True)
+    if checks:
+        assert train is not None
+        checked = check_model(
+            vae,
+            test,
+            train=train,
+            classifiers=default_classifiers(train) if classifiers is None else classifiers,
+            prior_share=prior_share,
+            seed=config.seed,
+            on_check=_telling_checks(vae.title, on_chunk),
+        )
+        save_datatree(checked, run.folder / "checks.nc")
+    _save(table, run.folder / "table.nc")  # the last one: its presence says that all is there
     vae.to("cpu")
-    return dataclasses.replace(run, table=table)
+    return dataclasses.replace(run, table=table, checks=checked)
+
+
+def _telling_checks(title: str, on_chunk: OnChunk | None) -> Callable[[str, int, int], None] | None:
+    if on_chunk is None:
+        return None
+    return lambda name, done, total: on_chunk(f"{title} {name.replace('_', ' ')}", 0, 0)
 
 
 def _identity(config: RunConfig, rows: int) -> dict[str, Any]:
@@ -568,6 +611,11 @@ def write_summary(runs: Sequence[Run], folder: str | os.PathLike[str], command: 
         table=table,
         histories=histories,
         figures=captions,
+        checks={
+            title: run.checks
+            for title, run in zip(_titles(runs), runs, strict=True)
+            if run.checks is not None
+        },
         config={run.folder.name: run.config.as_dict() for run in runs},
         command=command,
         lead=_lead(table, first),

@@ -79,7 +79,7 @@ def missingness_sweep(
             masked = dataset.with_observed(masks_of(dataset, fraction, seed))
             if at == "train":
                 assert test is not None
-                cell = measure(pair(masked, seed), test)  # type: ignore[operator]
+                cell = measure(pair(masked, seed), test)
             else:
                 cell = measure(pair, masked)  # type: ignore[arg-type]
             row.append(_as_dataset(cell).assign(missing=_missing(masked, parts)))

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -143,6 +144,9 @@ _PriorShare = Annotated[
 ]
 _Device = Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")]
 _Threads = Annotated[int | None, typer.Option("--threads", help="Threads of the processor.")]
+_Checks = Annotated[
+    bool, typer.Option("--checks/--no-checks", help="Calibration, coherence, probes and so on.")
+]
 _Resume = Annotated[bool, typer.Option("--resume", help="Keep the finished models of --out.")]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove what --out holds.")]
 
@@ -299,9 +303,11 @@ def evaluate(
     num_samples: _Samples = None,
     prior_share: _PriorShare = None,
     limit: _Limit = None,
+    checks: _Checks = True,
     threads: _Threads = None,
 ) -> None:
-    """Estimate the marginal likelihoods of the models in a run folder."""
+    """Estimate likelihoods and run the checks of the models in a run folder."""
+    from mmzoo.evaluation.checks import default_classifiers
     from mmzoo.evaluation.runs import evaluate_run, load_data, merge_tables, read_run
 
     for name, value in (("num_samples", num_samples), ("limit", limit), ("threads", threads)):
@@ -309,17 +315,21 @@ def evaluate(
             raise ValueError(f"{name}: expected at least 1, found {value}")
     _set_threads(threads)
     runs = read_run(run)
-    _, test = load_data(runs[0].config)
+    train, test = load_data(runs[0].config)
+    classifiers = default_classifiers(train) if checks else None
     done = []
     for each in runs:
         with _evaluation_bar(each, limit or len(test)) as on_chunk:
             done.append(
                 evaluate_run(
                     each,
+                    train=train,
                     test=test,
                     num_samples=num_samples,
                     prior_share=prior_share,
                     limit=limit,
+                    checks=checks,
+                    classifiers=classifiers,
                     on_chunk=on_chunk,
                 )
             )
@@ -354,10 +364,13 @@ def compare(
     prior_share: _PriorShare = None,
     device: _Device = None,
     threads: _Threads = None,
+    checks: _Checks = True,
     resume: _Resume = False,
     overwrite: _Overwrite = False,
 ) -> None:
     """Train and evaluate several models and print their table; or print that of finished runs."""
+    from mmzoo.evaluation.checks import default_classifiers
+
     if runs:
         _compare_runs(runs, out)
         return
@@ -374,7 +387,8 @@ def compare(
     folder = out or Path("runs") / made.data
     rows = _prepare(made, folder, "compare", resume, overwrite)
     with _interruptible(folder, made):
-        finished = [_finish(made, name, folder / name, rows) for name in made.models]
+        classifiers = functools.cache(lambda: default_classifiers(rows[0]) if checks else None)
+        finished = [_finish(made, name, folder / name, rows, classifiers) for name in made.models]
         _summarise(finished, folder, made.command("compare"))
 
 
@@ -528,7 +542,13 @@ def _check_device(device: str) -> None:
 # Work ---------------------------------------------------------------------------------------------
 
 
-def _finish(config: RunConfig, model: str, folder: Path, rows: tuple[Any, Any]) -> Run:
+def _finish(
+    config: RunConfig,
+    model: str,
+    folder: Path,
+    rows: tuple[Any, Any],
+    classifiers: Callable[[], Mapping[str, Any] | None],
+) -> Run:
     """A trained and evaluated model, from its folder as far as it is there."""
     from mmzoo.evaluation.runs import evaluate_run, read_run, train_run
 
@@ -539,8 +559,16 @@ def _finish(config: RunConfig, model: str, folder: Path, rows: tuple[Any, Any]) 
             return run
     else:
         run = train_run(config, model, folder, data=rows)
+    judges = classifiers()
     with _evaluation_bar(run, len(rows[1])) as on_chunk:
-        return evaluate_run(run, test=rows[1], on_chunk=on_chunk)
+        return evaluate_run(
+            run,
+            train=rows[0],
+            test=rows[1],
+            checks=judges is not None,
+            classifiers=judges,
+            on_chunk=on_chunk,
+        )
 
 
 @contextmanager

@@ -123,6 +123,23 @@ def test_wrong_posterior_fails_for_every_subset(wrong, observed) -> None:
     assert not result["passes"].any(), result["subset_p_value"].values
 
 
+@pytest.mark.slow
+def test_exact_posteriors_of_many_worlds_fail_as_often_as_they_may() -> None:
+    """200 worlds of one to three modalities and latents; full covariances."""
+    p_values = []
+    for seed in range(200):
+        names, dim = list(SIZES)[: 1 + seed % 3], 1 + seed // 3 % 3
+        world = LinearGaussianWorld.random({n: SIZES[n] for n in names}, dim, seed=seed)
+        vae = LinearVAE(world.modalities(), dim)
+        result = check(vae, num_rows=100, num_draws=19, seed=seed)
+        p_values.append(result["subset_p_value"].values.min() * result.sizes["subset"])
+    p_values = np.array(p_values)
+    for level in (0.05, 0.2):
+        error = math.sqrt(level * (1 - level) / len(p_values))
+        assert (p_values < level).mean() < level + ERRORS * error
+    assert p_values.min() > 1e-5
+
+
 def test_wrong_for_one_subset_fails_there_alone() -> None:
     """A guide that is too wide for one pair of modalities."""
     vae = exact_vae()

@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 from test_figures import check_texts, texts
 
 from mmzoo.evaluation.arviz_checks import pit
+from mmzoo.evaluation.calibration import calibration_ecdf, simulation_based_calibration
+from mmzoo.evaluation.calibration import coverage as coverage_of
 from mmzoo.evaluation.datatree import to_datatree
 from mmzoo.evaluation.figures import _VERMILION
 from mmzoo.evaluation.figures_checks import (
@@ -23,7 +25,11 @@ from mmzoo.evaluation.figures_checks import (
     plot_pit,
     plot_weights,
 )
+from mmzoo.evaluation.figures_latents import plot_contraction
+from mmzoo.evaluation.likelihood import likelihood_table
 from mmzoo.evaluation.pareto import pareto_k
+from mmzoo.evaluation.posterior import contraction
+from mmzoo.evaluation.tables import paired_differences
 from mmzoo.exact import LinearGaussianWorld
 from mmzoo.models import MODELS
 
@@ -171,6 +177,34 @@ def test_a_curve_that_leaves_the_band_is_named() -> None:
     narrow = plot_calibration(ecdf(), columns=1)
     assert narrow.get_figwidth() < 4
     check_texts(narrow)
+
+
+def test_statistics_are_dashed_beside_the_latents() -> None:
+    dims = ("subset", "statistic", "point")
+    values = np.zeros((3, 1, 99))
+    values[0] = 0.15
+    more = ecdf().assign(statistic_difference=(dims, values))
+    figure = plot_calibration(more.assign_coords(statistic=["log_joint"]))
+    assert texts(figure.axes[0]) == ["outside: log joint"]
+    assert [line.is_dashed() for line in figure.axes[0].lines[1:]] == [False, False, True]
+
+
+def test_pictures_of_what_the_checks_return() -> None:
+    """The names of the datasets are those that the figures read."""
+    world = LinearGaussianWorld.random({"image": 5, "label": 3}, 2, seed=0, diagonal=True)
+    vae = MODELS["mvae"](world.modalities(encoder="exact"), latent_dim=2)
+    found = simulation_based_calibration(vae, num_rows=40, num_draws=19)
+    assert len(plot_calibration(calibration_ecdf(found)).axes) == 3
+    assert len(plot_coverage(coverage_of(found)).containers) == 3
+    heat = plot_contraction(contraction(vae, world.sample(20, seed=1), num_draws=20))
+    assert heat.images[0].get_array().shape == (3, 2)
+    x = world.sample(20, seed=1)
+    other = MODELS["mvae"](world.modalities(), latent_dim=2)
+    table = likelihood_table({"exact": vae, "fresh": other}, x, num_samples=50)
+    figure = plot_differences(paired_differences(table))
+    titles = [ax.get_title() for ax in figure.axes if ax.axison]
+    assert titles == table["quantity"].values.tolist()
+    assert all("reference" in texts(ax) for ax in figure.axes if ax.axison)
 
 
 def test_coverage_stands_against_the_diagonal() -> None:

@@ -21,6 +21,7 @@ from mmzoo.evaluation.posterior import (
     posterior_agreement,
     sliced_wasserstein,
 )
+from mmzoo.evaluation.scored import Shown
 from mmzoo.exact import LinearGaussianWorld
 from mmzoo.likelihoods import Normal
 from mmzoo.models import MODELS, MVAE, LinearVAE
@@ -105,6 +106,36 @@ def test_gaps_are_divergences_from_the_exact_posterior(given) -> None:
     assert found["converged"].values[kept].all()
     assert not found["converged"].values[~kept].any()
     assert torch.tensor(found["elbo"].values).isnan().equal(~kept)
+
+
+@pytest.mark.slow
+def test_gaps_of_many_worlds() -> None:
+    """200 worlds of one to three modalities and latents, every pattern of missing modalities."""
+    off_by, sizes = [], []
+    for seed in range(200):
+        names, dim = NAMES[: 1 + seed % 3], 1 + seed // 3 % 3
+        w = LinearGaussianWorld.random({n: SIZES[n] for n in names}, dim, seed=seed)
+        pattern = torch.arange(2 ** len(names) - 1)
+        observed = {name: (pattern >> m) % 2 == 0 for m, name in enumerate(names)}
+        x = w.sample(len(pattern), seed=seed)
+        vae = LinearVAE(w.modalities(), dim)
+        guide = off(w, 1.2, 0.3, best=True)
+        found = amortization_gap(vae, x, observed, num_steps=100, guide=guide, seed=seed)
+        loc, deviation = moments(w, x, observed, best=True)
+        bad = w.kl((loc + 0.3 * deviation, 1.2 * deviation), x, observed)
+        best = w.kl((loc, deviation), x, observed)
+        for name, value in {
+            "amortization_gap": bad - best,
+            "approximation_gap": best,
+            "log_prob": w.log_prob(x, observed, of=names),
+        }.items():
+            slack = found["remaining"].values + 1e-3 if "gap" in name else 0.0
+            error = found[f"{name}_error"].values
+            off_by += list(abs(found[name].values - value.numpy()) / (error + slack / ERRORS))
+            sizes += list(error)
+    assert max(off_by) < ERRORS
+    assert np.mean(off_by) > 0.3  # errors are not too wide, either: 0.8 if nothing is added to them
+    assert np.median(sizes) < 0.1
 
 
 def test_search_that_stops_early_says_so() -> None:
@@ -541,6 +572,14 @@ def test_agreement_of_other_families() -> None:
         other = MODELS[name](parts, 2, **({"hidden": 4} if name in ("jnf", "mhvae") else {}))
         result = posterior_agreement(other, x, num_draws=50)
         assert (result["overlap"] <= 1).all() and result["wasserstein"].notnull().all()
+
+
+def test_sites_need_rows_of_one_kind() -> None:
+    values = {"x": torch.zeros(2, 2)}
+    shown = Shown(own_pair(), values, {"x": torch.tensor([True, False])})
+    assert shown.draw(3)["z"].shape == (3, 2, 2)
+    with pytest.raises(ValueError, match="expected rows that all have something, or none at all"):
+        shown.sites(1)
 
 
 def test_checks_leave_the_world_as_it_was() -> None:
