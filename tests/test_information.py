@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import xarray as xr
+from test_pair import own_pair
 from torch import Tensor, nn
 
 from mmzoo import Modality
@@ -260,6 +262,23 @@ def test_sides_that_do_not_go_together_are_refused(options, message):
     world, vae = exact_model()
     with pytest.raises(ValueError, match=message):
         two_proposal_table({"it": vae}, world.sample(3, seed=0), **options)
+
+
+def test_pair_of_ones_own_answers_with_every_proposal():
+    world = LinearGaussianWorld.random({"a": 3, "b": 2}, latent_dim=2, seed=3)
+    pair, x = own_pair(world, widen=1.3), world.sample(6, seed=1)
+    proposals = two_proposal_table({"own": pair}, x, num_samples=2000)
+    information = information_table({"own": pair}, x, num_samples=2000)
+    joint, a, b = (world.log_prob(x, of=of) for of in (["a", "b"], ["a"], ["b"]))
+    exact = {"log p(a, b)": joint, "log p(a)": a, "log p(a | b)": joint - b, "log p(b)": b}
+    for table, values in ((proposals, exact), (information, {"i(a; b)": joint - a - b})):
+        for quantity, expected in values.items():
+            cell = table.sel(model="own", quantity=quantity)
+            error = abs(cell.log_prob - xr.DataArray(expected.numpy(), dims="row"))
+            kept = (cell.row_pareto_k < 0.7) & cell.log_prob.notnull()
+            assert kept.sum() >= 4
+            assert bool((error < ERRORS * cell.row_mcse).where(kept, True).all())
+    assert np.isnan(proposals["mean"].values).sum() == 12 - 7
 
 
 def test_quantity_that_is_not_defined_is_an_empty_cell_with_the_reason():
