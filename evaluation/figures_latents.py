@@ -14,6 +14,7 @@ import xarray as xr
 from pyro import poutine
 from torch import Tensor
 
+from mmzoo.distributions import mean_or_probs
 from mmzoo.evaluation.figures import (
     _check_names,
     _check_site,
@@ -257,15 +258,7 @@ def _traverse(
     model = poutine.condition(vae.model, data=latents)
     trace = poutine.trace(model).get_trace(fixed, num_rows=num)
     nodes = {name: trace.nodes[name] for name, value in fixed.items() if value is None}
-    return {name: _mean(node["fn"]) for name, node in nodes.items()}
-
-
-def _mean(p: Any) -> Tensor:
-    """The mean; probabilities of the classes of a categorical distribution."""
-    base = p
-    while hasattr(base, "base_dist"):
-        base = base.base_dist
-    return base.probs if isinstance(base, torch.distributions.Categorical) else p.mean
+    return {name: mean_or_probs(node["fn"]) for name, node in nodes.items()}
 
 
 def _check_dims(dims: Sequence[int] | None, sizes: range, site: str) -> None:

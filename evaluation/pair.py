@@ -31,6 +31,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from mmzoo.batch import Batch, check_batch, modality_names
+from mmzoo.distributions import mean_or_probs
 from mmzoo.inference.draws import draw, latent_values
 from mmzoo.modality import Modality
 from mmzoo.seeding import seeded
@@ -162,8 +163,8 @@ class PyroPair(nn.Module):
         found = {}
         for name in self.modalities:
             node = trace.nodes[name]
-            shape = (num_samples or 1, batch.shape[-1], *self.modalities[name].event_shape)
-            value = (node["fn"].mean if mean else node["value"]).expand(shape)
+            value = mean_or_probs(node["fn"]) if mean else node["value"]
+            value = value.expand(num_samples or 1, batch.shape[-1], *value.shape[2:])
             found[name] = value if num_samples else value[0]
         return found
 

@@ -23,6 +23,7 @@ __all__ = [
     "PriorRows",
     "ScoredRows",
     "Strata",
+    "mean_or_probs",
 ]
 
 _NO_RSAMPLE = (
@@ -535,3 +536,17 @@ class PriorRows(TorchDistribution):
 
 def _draw(fn: TorchDistribution, shape: torch.Size) -> Tensor:
     return fn.rsample(shape) if fn.has_rsample else fn.sample(shape)
+
+
+def mean_or_probs(p: Distribution) -> Tensor:
+    """The mean; for integer labels, which have none, the probabilities of the classes.
+
+    Example:
+        >>> from pyro.distributions import Categorical
+        >>> mean_or_probs(Categorical(torch.tensor([0.25, 0.75])))
+        tensor([0.2500, 0.7500])
+    """
+    base: Any = p
+    while hasattr(base, "base_dist"):
+        base = base.base_dist
+    return base.probs if isinstance(base, torch.distributions.Categorical) else p.mean

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 
 from mmzoo.batch import Batch, check_batch, modality_names
-from mmzoo.distributions import Ancestral, Mixture, PriorRows, ScoredRows
+from mmzoo.distributions import Ancestral, Mixture, PriorRows, ScoredRows, mean_or_probs
 from mmzoo.modality import Modality
 from mmzoo.networks import feature_size
 from mmzoo.priors import OwnPrior, PriorSpec, VampPrior, make_prior, prior_config
@@ -594,7 +594,7 @@ class MultimodalVAE(nn.Module):
         z = self.posterior(batch, experts=experts).sample(lead)
         w = {name: q.sample(lead) for name, q in self._private(batch, experts).items()}
         decoded = self.decode(z, w, x=batch)
-        found = {name: _mean(p) if mean else p.sample() for name, p in decoded.items()}
+        found = {name: mean_or_probs(p) if mean else p.sample() for name, p in decoded.items()}
         for name in self.always_given:
             value = batch.x[name]
             assert value is not None
@@ -1038,11 +1038,6 @@ def modalities_by_name(
             "see `mmzoo models` for what each model takes"
         )
     return by_name
-
-
-def _mean(p: TorchDistribution) -> Tensor:
-    base = p.base_dist if isinstance(p, torch.distributions.Independent) else p
-    return base.probs if isinstance(base, torch.distributions.Categorical) else p.mean
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

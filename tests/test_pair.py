@@ -12,7 +12,7 @@ from mmzoo import Modality
 from mmzoo.evaluation.likelihood import likelihood_table, log_likelihood
 from mmzoo.evaluation.pair import PyroPair, draw_latents, quiet, row_masks
 from mmzoo.exact import LinearGaussianWorld
-from mmzoo.likelihoods import Normal
+from mmzoo.likelihoods import Categorical, Normal
 from mmzoo.models import MVAE
 
 SIZES = {"a": 3, "b": 2}
@@ -205,3 +205,15 @@ def test_modality_that_is_a_parent_is_refused(world: LinearGaussianWorld, child:
     modalities = [Modality(name, (size,), Normal(scale=1.0)) for name, size in SIZES.items()]
     with pytest.raises(ValueError, match=f"found that site '{child}' depends on 'a'"):
         PyroPair(model, programs.guide, modalities)
+
+
+def test_mean_of_an_integer_label_is_its_probabilities() -> None:
+    def model(x: dict[str, Tensor], observed: dict[str, Tensor]) -> None:
+        with pyro.plate("data", len(x["label"]), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("label", dist.Categorical(logits=torch.stack([z, -z], -1)), obs=x["label"])
+
+    pair = PyroPair(model, lambda x, observed: None, [Modality("label", (), Categorical(2))])
+    found = pair.generate({}, num_rows=3, num_samples=4, mean=True)["label"]
+    assert found.shape == (4, 3, 2)
+    torch.testing.assert_close(found.sum(-1), torch.ones(4, 3))
