@@ -272,7 +272,8 @@ def _side_by_side(
 ) -> Tensor:
     """Draws ``(K, N, D)`` of ``q(z | x)``."""
     latents = latent_values(draw(pair.guide, x, None, num_draws, stratified=False))
-    return torch.cat([latents[name].flatten(2) for name in sites], -1)
+    # A site may hold one number for each row, without a dimension of its own.
+    return torch.cat([latents[name].reshape(*latents[name].shape[:2], -1) for name in sites], -1)
 
 
 def latents_given(

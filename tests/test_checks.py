@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
@@ -10,6 +12,7 @@ import xarray as xr
 from mmzoo.data import MultimodalDataset, digits
 from mmzoo.evaluation.checks import check_model, default_classifiers
 from mmzoo.evaluation.datatree import load_datatree, save_datatree
+from mmzoo.evaluation.pair import PyroPair
 from mmzoo.evaluation.report_checks import check_sections
 from mmzoo.models import CVAE, MFM, MVAE
 
@@ -120,3 +123,43 @@ def test_a_single_row_is_refused(data: tuple[MultimodalDataset, MultimodalDatase
     vae = MVAE(data[0].modalities or (), latent_dim=2)
     with pytest.raises(ValueError, match="check_model num_rows: expected at least 2, found 1"):
         check_model(vae, data[1], num_rows=1)
+
+
+def test_a_pair_of_ones_own_has_the_same_answers(
+    data: tuple[MultimodalDataset, MultimodalDataset],
+) -> None:
+    """Two sites, one of them a single number for each row."""
+    train, test = data
+    torch.manual_seed(0)
+    picture, classes = torch.nn.Linear(3, 64), torch.nn.Linear(3, 10)
+    reader = torch.nn.Linear(76, 8)
+
+    def model(x: dict[str, torch.Tensor], observed: dict[str, torch.Tensor]) -> None:
+        with pyro.plate("data", len(x["image"]), dim=-1):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+            contrast = pyro.sample("contrast", dist.Normal(0.0, 1.0))
+            logits = contrast.exp()[..., None, None, None] * picture(z).unflatten(-1, (1, 8, 8))
+            pyro.sample("image", dist.Bernoulli(logits=logits).to_event(3), obs=x["image"])
+            pyro.sample("label", dist.OneHotCategorical(logits=classes(z)), obs=x["label"])
+
+    def guide(x: dict[str, torch.Tensor], observed: dict[str, torch.Tensor]) -> None:
+        flags = [observed[name].unsqueeze(-1).to(x["label"].dtype) for name in ("image", "label")]
+        seen = [x["image"].flatten(-3) * flags[0], x["label"] * flags[1], *flags]
+        loc, raw = reader(torch.cat(seen, -1)).chunk(2, -1)
+        scale = raw.exp()
+        with pyro.plate("data", len(x["image"]), dim=-1):
+            pyro.sample("z", dist.Normal(loc[..., :3], scale[..., :3]).to_event(1))
+            pyro.sample("contrast", dist.Normal(loc[..., 3], scale[..., 3]))
+
+    pair = PyroPair(model, guide, list(train.modalities or ()), networks=[picture, classes, reader])
+    tree = check_model(
+        pair,
+        test,
+        train=train,
+        classifiers=default_classifiers(train, epochs=1),
+        num_rows=20,
+        num_samples=(10,),
+    )
+    assert answered(tree) == GROUPS
+    latents = [f"z[{d}]" for d in range(3)] + ["contrast"]
+    assert list(tree["calibration"]["latent"].values) == latents
