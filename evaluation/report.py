@@ -21,7 +21,7 @@ import xarray as xr
 from mmzoo.evaluation.figures import FLAGGED_SHARE, plot_likelihood_table, training_figure
 from mmzoo.evaluation.figures_checks import plot_differences
 from mmzoo.evaluation.report_checks import check_sections
-from mmzoo.evaluation.report_parts import figure_html, section
+from mmzoo.evaluation.report_parts import figure_html, folded, section
 from mmzoo.evaluation.tables import paired_differences
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["write_report"]
 
 _MINUS, _NBSP = "\u2212", "\u00a0"
+_OPEN_PICTURES = 30
 _LISTED = 12  # shares of unreliable rows that are listed openly; more would be a wall of text
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -140,7 +141,9 @@ def write_report(
                 "Training", figure_html(caption, training_figure(histories).get_figure(root=True))
             )
         )
-    pictures = "".join(figure_html(caption, each) for caption, each in (figures or {}).items())
+    pictures = "".join(
+        _picture(caption, each, figures) for caption, each in (figures or {}).items()
+    )
     if pictures:
         sections.append(section("What the models make of the data", pictures))
     if config or command:
@@ -153,6 +156,14 @@ def write_report(
         footer=html.escape(_versions()),
     )
     _write(Path(path), page)
+
+
+def _picture(
+    caption: str, figure: Figure | str | os.PathLike[str], among: Mapping[str, Any] | None
+) -> str:
+    """A picture; folded away where there are many."""
+    shown = figure_html(caption, figure)
+    return folded(caption, shown) if len(among or ()) > _OPEN_PICTURES else shown
 
 
 def _write(path: Path, page: str) -> None:

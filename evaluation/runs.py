@@ -648,6 +648,7 @@ def _pictures(
     vae: MultimodalVAE, test: MultimodalDataset, seed: int
 ) -> Mapping[str, tuple[str, Figure]]:
     from mmzoo.evaluation.figures import plot_latent_plane, plot_reconstructions, plot_samples
+    from mmzoo.evaluation.figures_latents import plot_traversal
 
     x, observed = test.subset(range(min(len(test), _PICTURE_ROWS))).tensors()
     found: dict[str, tuple[str, Any]] = {
@@ -658,6 +659,12 @@ def _pictures(
     }
     if not vae.always_given:  # without its condition a conditional model has no samples
         found["samples"] = ("Samples from the prior.", plot_samples(vae, seed=seed).figure)
+    for site in vae.latent_sites:
+        found[f"traversal-{site}"] = (
+            f"What single dimensions of {site} do: across, quantiles of the prior; the rest stays "
+            "at the posterior mean of the first test row. Those that change most.",
+            plot_traversal(vae, x, observed, site=site, seed=seed).figure,
+        )
     if test.labels:
         label, values = next(iter(test.labels.items()))
         x, observed = test.subset(range(min(len(test), _PLANE_ROWS))).tensors()
