@@ -49,7 +49,15 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from mmzoo.evaluation.pair import Pair, PyroPair, device_of, quiet, row_masks, subset_name
+from mmzoo.evaluation.pair import (
+    Pair,
+    PyroPair,
+    device_of,
+    named_subsets,
+    quiet,
+    row_masks,
+    subset_name,
+)
 from mmzoo.evaluation.row_draws import draw_rows, predict_rows
 
 __all__ = ["load_datatree", "save_datatree", "to_datatree"]
@@ -177,16 +185,7 @@ def _subsets(pair: Pair, given: Sequence[Sequence[str]] | None) -> dict[str, tup
         given = [subset for size in sizes for subset in itertools.combinations(names, size)]
         given = [subset for subset in given if _answers(pair, subset)]
     chosen = [names]
-    for subset in given:
-        subset = (subset,) if isinstance(subset, str) else tuple(subset)
-        unknown = [name for name in subset if name not in names]
-        if unknown or not subset:
-            found = f"unknown modality {unknown[0]!r}" if unknown else "an empty subset"
-            raise ValueError(
-                f"given: expected subsets of {', '.join(names)}, found {found}; "
-                "pass a list of lists of names"
-            )
-        chosen.append(tuple(name for name in names if name in subset))
+    chosen += named_subsets(pair, given, "given")
     # A model that is conditional answers for no subset without its condition.
     needed = set(pair.always_given)
     return {subset_name(subset): subset for subset in chosen if needed <= set(subset)}

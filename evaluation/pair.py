@@ -43,6 +43,7 @@ __all__ = [
     "device_of",
     "draw_latents",
     "dtype_of",
+    "named_subsets",
     "quiet",
     "row_masks",
     "subset_name",
@@ -329,6 +330,26 @@ def subset_name(names: Iterable[str]) -> str:
         'image+label'
     """
     return "+".join(names)
+
+
+def named_subsets(
+    pair: Pair, given: str | Iterable[str | Iterable[str]], where: str
+) -> list[tuple[str, ...]]:
+    """Subsets as one writes them, each a name or several, in the order of the modalities.
+
+    Raises:
+        ValueError: For an unknown name, or a subset without any.
+    """
+    found = []
+    for each in [given] if isinstance(given, str) else given:
+        chosen = set(modality_names(pair.modalities, each, where))
+        if not chosen:
+            raise ValueError(
+                f"{where}: expected some of {', '.join(pair.modalities)} in every subset, found "
+                "an empty subset; name at least one"
+            )
+        found.append(tuple(name for name in pair.modalities if name in chosen))
+    return list(dict.fromkeys(found))
 
 
 def row_masks(

@@ -21,9 +21,8 @@ import xarray as xr
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from mmzoo.batch import modality_names
 from mmzoo.data import MultimodalDataset
-from mmzoo.evaluation.pair import Pair, device_of, dtype_of, quiet, subset_name
+from mmzoo.evaluation.pair import Pair, device_of, dtype_of, named_subsets, quiet, subset_name
 from mmzoo.evaluation.rowwise import (
     Progress,
     Subset,
@@ -157,15 +156,7 @@ def _subsets(
     pair: Pair, names: Sequence[str | Sequence[str]] | str | None, where: str
 ) -> list[Subset]:
     """Subsets in the order of the modalities; default: each alone."""
-    known = list(pair.modalities)
-    chosen = known if names is None else [names] if isinstance(names, str) else list(names)
-    found = []
-    for each in chosen:
-        some = set(modality_names(pair.modalities, each, where))
-        if not some:
-            raise ValueError(f"{where}: expected names of modalities, found an empty subset")
-        found.append(tuple(name for name in known if name in some))
-    return found
+    return named_subsets(pair, list(pair.modalities) if names is None else names, where)
 
 
 class _Steps:

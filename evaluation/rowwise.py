@@ -18,10 +18,9 @@ from pyro import poutine
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 
-from mmzoo.batch import modality_names
 from mmzoo.data import MultimodalDataset
 from mmzoo.distributions import Mixture
-from mmzoo.evaluation.pair import Pair, PyroPair, device_of, row_masks
+from mmzoo.evaluation.pair import Pair, PyroPair, device_of, named_subsets, row_masks, subset_name
 from mmzoo.inference.draws import draw, latent_values
 from mmzoo.modality import Modality
 
@@ -106,20 +105,16 @@ def subsets_of(
     if given is None:
         every = chain.from_iterable(combinations(names, size + 1) for size in range(len(names)))
         return [subset for subset in every if set(pair.always_given) <= set(subset)]
-    found = []
-    for each in [given] if isinstance(given, str) else given:
-        chosen = set(modality_names(pair.modalities, each, f"{where} given"))
-        if not chosen:
-            raise ValueError(f"{where} given: expected names of modalities, found an empty subset")
-        if lacking := [name for name in pair.always_given if name not in chosen]:
+    found = named_subsets(pair, given, f"{where} given")
+    for subset in found:
+        if lacking := [name for name in pair.always_given if name not in subset]:
             raise ValueError(
                 f"{where} given: expected {', '.join(lacking)} in every subset, on which "
-                f"{pair.title} is conditional, found {each!r}; add it"
+                f"{pair.title} is conditional, found {subset_name(subset)}; add it"
             )
-        found.append(tuple(name for name in names if name in chosen))
     if not found:
         raise ValueError(f"{where} given: expected at least one subset, found none")
-    return list(dict.fromkeys(found))
+    return found
 
 
 def unanswered(pair: Pair, subset: Subset) -> str | None:

@@ -12,8 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from mmzoo.batch import modality_names
-from mmzoo.evaluation.pair import Pair, subset_name
+from mmzoo.evaluation.pair import Pair, named_subsets, subset_name
 from mmzoo.inference.draws import Draws, draw, latent_values, log_joint, log_proposal, replay
 from mmzoo.inference.draws import log_prior as prior_of
 from mmzoo.vae import MultimodalVAE
@@ -222,22 +221,14 @@ def find_subsets(
         ValueError: For an unknown name, an empty subset, or one that the pair does not answer for.
     """
     names = tuple(pair.modalities)
-    wanted: Iterable[str | Sequence[str]]
     if given is None:
         sizes = range(1, len(names) + 1) if len(names) <= _MAX_ALL_SUBSETS else (1, len(names))
         wanted = [each for size in sizes for each in itertools.combinations(names, size)]
     else:
-        wanted = given
+        wanted = named_subsets(pair, given, f"{where} given")
     chosen: dict[str, tuple[str, ...]] = {}
     reason: str | None = None
-    for each in wanted:
-        found = set(modality_names(names, each, f"{where} given"))
-        if not found:
-            raise ValueError(
-                f"{where}: expected non-empty subsets in given, found an empty one; name at least "
-                f"one of {', '.join(names)}"
-            )
-        subset = tuple(name for name in names if name in found)
+    for subset in wanted:
         why = _unsupported(pair, subset)
         if why is None:
             chosen[subset_name(subset)] = subset
