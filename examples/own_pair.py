@@ -17,8 +17,11 @@ the guide under each observed subset, the export to ArviZ, figures and the repor
 are ours: the model never looks at ``observed``.
 
 Student-t and Bernoulli are densities of different kinds, so MVAE gets the same Student-t here: log
-p(image) is then in the same units. After 60 epochs of each the own pair is behind the MVAE by some
-nats, and calibrated no worse; the point is that one can tell.
+p(image) is then in the same units. Seen after 60 epochs: the own pair is some five nats behind in
+log p(image, label), and MVAE behind in what a label can make, since 42 % of its pictures from the
+label alone show that label, of the own pair's all of them. Neither guide is calibrated, and Pareto
+k above 0.7 in nine of ten rows says that neither likelihood is to be taken at its word: pixels of
+this precision leave posteriors that no network of this size hits.
 
 Run ``python own_pair.py``; ``--quick`` for a run of seconds. The report is ``own_pair.html``.
 """
