@@ -63,8 +63,8 @@ def _calibration(checks: Checks) -> str:
         f"Rows are simulated from each model, and its guide is asked for them. Share of latents in "
         f"their central {100 * _LEVEL:.0f} % interval, which should be {100 * _LEVEL:.0f} %: less, "
         "and the posterior is too narrow. ✗: the ranks are not uniform (5 % level, all latents of "
-        "the subset together). A narrow guide does not bias the likelihoods above, which correct "
-        "for it; it makes their error large."
+        "the subset together). Given enough samples the likelihoods above correct for that; given "
+        "too few, which Pareto k tells, they are too low."
     )
     body = text + _table("Calibration", list(checks), columns) + figures
     return section("Can the posteriors be believed?", body)

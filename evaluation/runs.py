@@ -570,7 +570,13 @@ def _titles(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def write_summary(runs: Sequence[Run], folder: str | os.PathLike[str], command: str) -> xr.Dataset:
+def write_summary(
+    runs: Sequence[Run],
+    folder: str | os.PathLike[str],
+    command: str,
+    *,
+    on_model: Callable[[str], None] | None = None,
+) -> xr.Dataset:
     """Writes the tables, the figures and `report.html` of evaluated models.
 
     The tables are `table.csv`, `table.md` and `table.tex`, and `differences.csv`, the paired
@@ -581,6 +587,7 @@ def write_summary(runs: Sequence[Run], folder: str | os.PathLike[str], command: 
         runs: The models.
         folder: Where to write.
         command: The command that repeats the run, for the report.
+        on_model: Called with the title of each model before its pictures are drawn.
 
     Returns:
         The table.
@@ -600,6 +607,8 @@ def write_summary(runs: Sequence[Run], folder: str | os.PathLike[str], command: 
     _, test = load_data(runs[0].config)
     captions = {}
     for title, run in zip(_titles(runs), runs, strict=True):
+        if on_model:
+            on_model(title)
         for kind, (caption, figure) in _pictures(run.vae, test, run.config.seed).items():
             path = pictures / f"{_slug(title)}-{kind}.png"
             _save_figure(figure, path)

@@ -316,7 +316,8 @@ def evaluate(
     _set_threads(threads)
     runs = read_run(run)
     train, test = load_data(runs[0].config)
-    classifiers = default_classifiers(train) if checks else None
+    with _console().status("classifiers of real rows"):
+        classifiers = default_classifiers(train) if checks else None
     done = []
     for each in runs:
         with _evaluation_bar(each, limit or len(test)) as on_chunk:
@@ -387,7 +388,12 @@ def compare(
     folder = out or Path("runs") / made.data
     rows = _prepare(made, folder, "compare", resume, overwrite)
     with _interruptible(folder, made):
-        classifiers = functools.cache(lambda: default_classifiers(rows[0]) if checks else None)
+
+        @functools.cache
+        def classifiers() -> Mapping[str, Any] | None:
+            with _console().status("classifiers of real rows"):
+                return default_classifiers(rows[0]) if checks else None
+
         finished = [_finish(made, name, folder / name, rows, classifiers) for name in made.models]
         _summarise(finished, folder, made.command("compare"))
 
@@ -606,8 +612,10 @@ def _summarise(runs: Sequence[Run], folder: Path, command: str, *, show: bool = 
 
     if show:
         _print_table(merge_tables(runs))
-    with _console().status("tables, pictures and the report"):
-        write_summary(runs, folder, command)
+    with _console().status("tables, pictures and the report") as status:
+        write_summary(
+            runs, folder, command, on_model=lambda title: status.update(f"pictures of {title}")
+        )
     print(f"Kept in {folder}. Open {folder / 'report.html'}")
 
 
