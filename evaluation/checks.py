@@ -55,6 +55,7 @@ _PROBE_ROWS = 2000
 _RETRIEVAL_ROWS = 200
 _CURVE_ROWS = 100
 _CLASSIFIER_STEPS, _CLASSIFIER_BATCH = 1500, 64
+_CLASSIFIER_EPOCHS = 5, 70  # at least and at most
 _IMAGE_DIMS = 3
 
 
@@ -154,11 +155,13 @@ def default_classifiers(
 
     Args:
         train: Training rows, of which at most 10,000 are used.
-        epochs: Passes over them; default: so many that there are some 1,500 steps.
+        epochs: Passes over them; default: 5 to 70, for some 1,500 steps.
         seed: Of weights and order.
     """
     rows = train.subset(range(min(len(train), _CLASSIFIER_ROWS)))
-    epochs = epochs or max(5, math.ceil(_CLASSIFIER_STEPS * _CLASSIFIER_BATCH / len(rows)))
+    if epochs is None:
+        epochs = math.ceil(_CLASSIFIER_STEPS * _CLASSIFIER_BATCH / len(rows))
+        epochs = min(max(epochs, _CLASSIFIER_EPOCHS[0]), _CLASSIFIER_EPOCHS[1])
     found: dict[str, ClassifierLike] = {}
     for modality in train.modalities or ():
         label = modality.likelihood.name in ("one_hot_categorical", "categorical")
