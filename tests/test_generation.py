@@ -4,12 +4,11 @@ import math
 from pathlib import Path
 
 import numpy as np
-import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
 import xarray as xr
+from own import own_pair
 from torch import Tensor, nn
 
 from mmzoo import Modality
@@ -21,38 +20,12 @@ from mmzoo.evaluation.generation import (
     ssim,
     torchvision_features,
 )
-from mmzoo.evaluation.pair import PyroPair
 from mmzoo.exact import LinearGaussianWorld
 from mmzoo.likelihoods import Categorical
 from mmzoo.models import MODELS, MVAE
 
 ERRORS = 5.0
 SIZES = {"a": 3, "b": 2}
-
-
-class Programs:
-    """The linear Gaussian world with its posterior."""
-
-    def __init__(self, world: LinearGaussianWorld) -> None:
-        self.world = world
-
-    def model(self, x: dict[str, Tensor], observed: dict[str, Tensor]) -> None:
-        with pyro.plate("data", len(x["a"]), dim=-1):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
-            for name in SIZES:
-                loc = z @ self.world.weights[name].mT + self.world.biases[name]
-                fn = dist.Normal(loc, self.world.scales[name]).to_event(1)
-                pyro.sample(name, fn, obs=x[name])
-
-    def guide(self, x: dict[str, Tensor], observed: dict[str, Tensor]) -> None:
-        with pyro.plate("data", len(x["a"]), dim=-1):
-            pyro.sample("z", self.world.posterior(x, observed))
-
-
-def own_pair(world: LinearGaussianWorld) -> PyroPair:
-    programs = Programs(world)
-    parts = [Modality(name, (size,)) for name, size in SIZES.items()]
-    return PyroPair(programs.model, programs.guide, parts)
 
 
 def exact_mse(

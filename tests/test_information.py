@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from test_pair import own_pair
+from own import own_pair, widened
 from torch import Tensor, nn
 
 from mmzoo import Modality
@@ -266,7 +266,7 @@ def test_sides_that_do_not_go_together_are_refused(options, message):
 
 def test_pair_of_ones_own_answers_with_every_proposal():
     world = LinearGaussianWorld.random({"a": 3, "b": 2}, latent_dim=2, seed=3)
-    pair, x = own_pair(world, widen=1.3), world.sample(6, seed=1)
+    pair, x = own_pair(world, widened(1.3)), world.sample(6, seed=1)
     proposals = two_proposal_table({"own": pair}, x, num_samples=2000)
     information = information_table({"own": pair}, x, num_samples=2000)
     joint, a, b = (world.log_prob(x, of=of) for of in (["a", "b"], ["a"], ["b"]))

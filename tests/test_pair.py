@@ -1,18 +1,17 @@
 """A pair of a user's own goes where a model of the zoo goes, with the same numbers."""
 
-from typing import Any
-
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from own import Programs, own_pair, widened
 from torch import Tensor
 
 from mmzoo import Modality
 from mmzoo.evaluation.likelihood import likelihood_table, log_likelihood
 from mmzoo.evaluation.pair import PyroPair, draw_latents, quiet, row_masks
 from mmzoo.exact import LinearGaussianWorld
-from mmzoo.likelihoods import Categorical, Normal
+from mmzoo.likelihoods import Categorical
 from mmzoo.models import MVAE
 
 SIZES = {"a": 3, "b": 2}
@@ -21,33 +20,6 @@ SIZES = {"a": 3, "b": 2}
 @pytest.fixture
 def world() -> LinearGaussianWorld:
     return LinearGaussianWorld.random(SIZES, latent_dim=2, seed=3)
-
-
-class Programs:
-    """The world written as a plain Pyro program, with its exact posterior as the guide."""
-
-    def __init__(self, world: LinearGaussianWorld, *, widen: float = 1.0) -> None:
-        self.world, self.widen = world, widen
-
-    def model(self, x: dict[str, Tensor], observed: dict[str, Tensor]) -> None:
-        with pyro.plate("data", len(x["a"]), dim=-1):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
-            for name in SIZES:
-                loc = z @ self.world.weights[name].mT + self.world.biases[name]
-                fn = dist.Normal(loc, self.world.scales[name]).to_event(1)
-                pyro.sample(name, fn, obs=x[name])
-
-    def guide(self, x: dict[str, Tensor], observed: dict[str, Tensor]) -> None:
-        with pyro.plate("data", len(x["a"]), dim=-1):
-            q = self.world.posterior(x, observed)
-            tril = q.scale_tril * self.widen
-            pyro.sample("z", dist.MultivariateNormal(q.loc, scale_tril=tril))
-
-
-def own_pair(world: LinearGaussianWorld, *, widen: float = 1.0, **options: Any) -> PyroPair:
-    programs = Programs(world, widen=widen)
-    modalities = [Modality(name, (size,), Normal(scale=1.0)) for name, size in SIZES.items()]
-    return PyroPair(programs.model, programs.guide, modalities, **options)
 
 
 def rows(world: LinearGaussianWorld) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -79,7 +51,7 @@ def test_wide_guide_is_right_within_its_error(
     world: LinearGaussianWorld, prior_share: float
 ) -> None:
     x, observed = rows(world)
-    pair = own_pair(world, widen=1.3)
+    pair = own_pair(world, widened(1.3))
     found = log_likelihood(
         pair, x, observed, of=["a", "b"], num_samples=4000, prior_share=prior_share
     )
@@ -150,7 +122,7 @@ def test_draws_repeat_and_leave_nothing_behind(world: LinearGaussianWorld) -> No
         pyro.param("offset", torch.zeros(()))
         programs.model(x, observed)
 
-    modalities = [Modality(name, (size,), Normal(scale=1.0)) for name, size in SIZES.items()]
+    modalities = programs.modalities()
     pyro.param("offset", torch.ones(()))
     pair = PyroPair(model, programs.guide, modalities, networks=network)
     before = torch.get_rng_state()
@@ -202,7 +174,7 @@ def test_modality_that_is_a_parent_is_refused(world: LinearGaussianWorld, child:
             loc = (z + shift * (child == "b")).expand(*z.shape[:-1], 2)
             pyro.sample("b", dist.Normal(loc, 1.0).to_event(1), obs=x["b"])
 
-    modalities = [Modality(name, (size,), Normal(scale=1.0)) for name, size in SIZES.items()]
+    modalities = programs.modalities()
     with pytest.raises(ValueError, match=f"found that site '{child}' depends on 'a'"):
         PyroPair(model, programs.guide, modalities)
 

@@ -3,15 +3,14 @@
 from typing import Any
 
 import numpy as np
-import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 import xarray as xr
+from own import blind, own_pair
 from torch import Tensor
 
 from mmzoo import Modality
-from mmzoo.evaluation.pair import PyroPair, draw_latents, quiet
+from mmzoo.evaluation.pair import draw_latents, quiet
 from mmzoo.evaluation.retrieval import _similarity, retrieval
 from mmzoo.evaluation.rowwise import latent_moments
 from mmzoo.exact import LinearGaussianWorld
@@ -20,34 +19,6 @@ from mmzoo.models import MODELS, MVAE
 ERRORS = 5.0
 SIZES = {"a": 3, "b": 2}
 METHODS = ("cosine", "euclidean", "wasserstein", "likelihood")
-
-
-class Programs:
-    """The linear Gaussian world with its posterior, or with a guide that sees nothing."""
-
-    def __init__(self, world: LinearGaussianWorld, blind: bool) -> None:
-        self.world, self.blind = world, blind
-
-    def model(self, x: dict[str, Tensor], observed: dict[str, Tensor]) -> None:
-        with pyro.plate("data", len(x["a"]), dim=-1):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
-            for name in SIZES:
-                loc = z @ self.world.weights[name].mT + self.world.biases[name]
-                fn = dist.Normal(loc, self.world.scales[name]).to_event(1)
-                pyro.sample(name, fn, obs=x[name])
-
-    def guide(self, x: dict[str, Tensor], observed: dict[str, Tensor]) -> None:
-        with pyro.plate("data", len(x["a"]), dim=-1):
-            q = self.world.posterior(x, observed)
-            if self.blind:
-                q = dist.Normal(torch.ones_like(q.loc), 1e-20).to_event(1)
-            pyro.sample("z", q)
-
-
-def own_pair(world: LinearGaussianWorld, *, blind: bool = False, **options: Any) -> PyroPair:
-    programs = Programs(world, blind)
-    parts = [Modality(name, (size,)) for name, size in SIZES.items()]
-    return PyroPair(programs.model, programs.guide, parts, **options)
 
 
 @pytest.fixture
@@ -95,7 +66,7 @@ def test_ranks_are_the_exact_ones(world: LinearGaussianWorld, method: Any) -> No
 def test_pair_that_ignores_its_input_is_at_chance(world: LinearGaussianWorld, method: Any) -> None:
     """All candidates tie but in the likelihood, which ranks them alike for every query."""
     x = world.sample(50, seed=1)
-    found = retrieval(own_pair(world, blind=True), x, method=method, num_draws=2)
+    found = retrieval(own_pair(world, blind), x, method=method, num_draws=2)
     for query, target in (("a", "b"), ("b", "a")):
         cell = found.sel(query=query, target=target)
         np.testing.assert_allclose(cell.recall, cell.chance, atol=1e-12)
