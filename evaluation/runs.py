@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,7 @@ from mmzoo.evaluation.checks import check_model, default_classifiers
 from mmzoo.evaluation.config import RunConfig, read_config, write_config
 from mmzoo.evaluation.datatree import load_datatree, save_datatree, to_datatree
 from mmzoo.evaluation.likelihood import likelihood_table
+from mmzoo.evaluation.rowwise import unanswered
 from mmzoo.evaluation.tables import (
     FLAGGED_SHARE,
     paired_differences,
@@ -483,7 +485,8 @@ def class_accuracy(
         seed: Of the draws.
 
     Returns:
-        A name such as ``"label | image"`` to the share of rows.
+        A name such as ``"label | image"`` to the share of rows; NaN for a model that has no
+        posterior given the others.
     """
     result = {}
     for name, modality in vae.modalities.items():
@@ -493,6 +496,9 @@ def class_accuracy(
         if name in vae.always_given:
             continue
         if modality.likelihood.name == "categorical" and modality.event_shape:
+            continue
+        if unanswered(vae, tuple(others)):
+            result[f"{name} | {', '.join(others)}"] = math.nan
             continue
         right = []
         with seeded(seed), vae.unregistered():

@@ -1,6 +1,7 @@
 """The command line: what it leaves behind, that it can be repeated, and what it says when wrong."""
 
 import csv
+import math
 import shlex
 import shutil
 import subprocess
@@ -459,6 +460,14 @@ def test_missing_rows_are_simulated_in_training_rows_only() -> None:
 def test_fewer_test_rows_leave_the_training_rows_alone() -> None:
     train, test = load_data(RunConfig.make("digits", limit=100, test_rows=7))
     assert (len(train), len(test)) == (100, 7)
+
+
+def test_accuracy_needs_a_posterior_given_the_others() -> None:
+    train, test = load_data(RunConfig.make("digits", limit=50))
+    vae = MODELS["jointvae"](train.modalities or (), latent_dim=2)
+    found = class_accuracy(vae, test)
+    assert list(found) == ["label | image"]
+    assert math.isnan(found["label | image"])
 
 
 def test_accuracy_of_a_constant_prediction() -> None:
