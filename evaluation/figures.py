@@ -38,6 +38,8 @@ __all__ = [
 ]
 
 _BLUE, _VERMILION, _GREY, _INK = "#0072B2", "#D55E00", "#6E6E6E", "#222222"
+# From so many models on, one that is so many spreads away is left beside the axis.
+_FOCUS_FROM, _FOCUS_REACH = 6, 5.0
 # A share of rows with Pareto k above 0.7 from which a likelihood is marked as unreliable.
 FLAGGED_SHARE = 0.1
 _TITLES = {
@@ -802,6 +804,32 @@ def plot_likelihood_table(
     return figure
 
 
+def _focus(ax: Axes, values: np.ndarray, errors: np.ndarray) -> None:
+    """Leaves far outliers beside the axis, with an arrow and their value, one row each.
+
+    A single model that is a hundred nats behind would press all the others into one point.
+    """
+    known = values[np.isfinite(values)]
+    if len(known) < _FOCUS_FROM:
+        return
+    low, high = np.quantile(known, [0.25, 0.75])
+    reach = _FOCUS_REACH * max(high - low, float(np.nanmax(np.nan_to_num(errors))))
+    outside = (values < low - reach) | (values > high + reach)
+    if not outside.any():
+        return
+    kept = ~outside & np.isfinite(values)
+    bars = 1.96 * np.nan_to_num(errors[kept])
+    left, right = float((values[kept] - bars).min()), float((values[kept] + bars).max())
+    margin = 0.25 * (right - left)
+    ax.set_xlim(left - margin, right + margin)
+    for place in np.flatnonzero(outside):
+        below = values[place] < low
+        text = f"◂ {values[place]:.1f}" if below else f"{values[place]:.1f} ▸"
+        side: Style = {"transform": ax.get_yaxis_transform(), "va": "center", "fontsize": 7.5}
+        side |= {"ha": "left" if below else "right", "color": _VERMILION, "clip_on": False}
+        ax.text(0.02 if below else 0.98, float(place), text.replace("-", "\u2212"), **side)
+
+
 def _draw_forest(ax: Axes, column: xr.Dataset, models: Sequence[str]) -> None:
     from matplotlib.ticker import MaxNLocator
 
@@ -834,6 +862,7 @@ def _draw_forest(ax: Axes, column: xr.Dataset, models: Sequence[str]) -> None:
     ax.set_yticks(range(len(models)), models)
     ax.set_ylim(len(models) - 0.4, -0.6)
     ax.margins(x=0.25)
+    _focus(ax, means, errors)
     ax.set_xlabel(label)
     ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.grid(axis="x", color="#DDDDDD", linewidth=0.6)

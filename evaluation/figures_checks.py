@@ -22,6 +22,7 @@ from mmzoo.evaluation.figures import (
     _VERMILION,
     FLAGGED_SHARE,
     _despine,
+    _focus,
     _new_figure,
     _palette,
     _style,
@@ -550,6 +551,7 @@ def _draw_differences(ax: Axes, column: xr.Dataset, models: Sequence[str]) -> No
     ax.set_yticks(range(len(models)), models)
     ax.set_ylim(len(models) - 0.4, -0.6)
     ax.margins(x=0.25)
+    _focus(ax, column["difference"].values, column["standard_error"].values)
     ax.set_xlabel("nats per row, against the reference")
     ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.grid(axis="x", color="#DDDDDD", linewidth=0.6)

@@ -293,6 +293,7 @@ def likelihood_table(
     kinds = (*ROW_VARIABLES, "num_samples")
     values = {kind: np.full((len(models), len(pairs), num_rows), np.nan) for kind in kinds}
     note = np.full((len(models), len(pairs)), "", dtype=object)
+    discrete = np.zeros(note.shape, dtype=bool)
     for i, (title, vae) in enumerate(models.items()):
         known: dict[tuple[str, ...], Arrays] = {}
         sampler: _Sampler | None = None
@@ -312,6 +313,7 @@ def likelihood_table(
                     sampler.reject_empty()
             sampler.on_chunk = _telling(on_chunk, f"{title} {titles[j]}")
             target = sampler.targets([name for _, each in pairs for name in each])
+            discrete[i, j] = all(vae.modalities[name].likelihood.is_discrete for name in of)
             rows = _conditional(sampler, known, of, given, seed, target)
             for kind in values:
                 values[kind][i, j] = rows[kind]
@@ -323,6 +325,8 @@ def likelihood_table(
     }
     coords = {"model": list(models), "quantity": titles}
     table = table_of_rows(values, coords, note=note, attrs=attrs)
+    # The log of a probability: above zero, what is subtracted was estimated too low.
+    table["impossible"] = (("model", "quantity"), discrete & (table["mean"].values > 0))
     if target_mcse is not None:
         table.attrs |= growth.attrs()
         counts = _counts(values["num_samples"])

@@ -225,11 +225,15 @@ def _cell(cell: xr.Dataset) -> str:
         return f'<td title="{html.escape(reason)}">–</td>'
     error = float(cell["standard_error"])
     spread = "" if math.isnan(error) else f' <span class="se">±{_NBSP}{error:.2f}</span>'
-    text = f"{mean:.2f}".replace("-", _MINUS) + spread
+    text = f"{mean:.2f}".replace("-", _MINUS) + (" ‡" if _impossible(cell) else "") + spread
     if not _flagged(cell):
         return f"<td>{text}</td>"
     share = _percent(float(cell["pareto_k"]))
     return f'<td class="flagged" title="Pareto k above 0.7 in {share} of the rows">{text} †</td>'
+
+
+def _impossible(cell: xr.Dataset) -> bool:
+    return "impossible" in cell and bool((cell["impossible"].fillna(0) > 0).any())
 
 
 def _flagged(cell: xr.Dataset) -> bool:
@@ -251,6 +255,11 @@ def _notes(table: xr.Dataset) -> str:
         span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         error += f"; {span} rows"
     notes = [f"Mean nats per row; larger is better. {error}."]
+    if _impossible(table):
+        notes.append(
+            "‡ A probability above one: this is the difference of two estimates, and the one that "
+            "is subtracted is too low."
+        )
     flagged = [
         f"{model}, {quantity}: {_percent(float(cell['pareto_k']))}"
         for model in table["model"].values

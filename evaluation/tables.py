@@ -154,7 +154,8 @@ def paired_differences(table: xr.Dataset, *, reference: str | None = None) -> xr
     Args:
         table: Result of :func:`mmzoo.evaluation.likelihood_table`, or one of that kind.
         reference: The model that the others are compared with; default: for each quantity the one
-            with the largest mean on the rows that all models have that answer it.
+            with the largest mean on the rows that all models have that answer it, those apart whose
+            estimate is ``impossible`` (a probability above one).
 
     Returns:
         Over the table's dimensions ``difference`` (mean over rows of the model minus the
@@ -191,7 +192,8 @@ def paired_differences(table: xr.Dataset, *, reference: str | None = None) -> xr
     names = np.full(shape[1:], "", dtype=object)
     for cell in np.ndindex(shape[1:]):
         values = {k: rows[v].values[(slice(None), *cell)] for k, v in ROW_VARIABLES.items()}
-        index = _best(values["log_prob"]) if reference is None else models.index(reference)
+        allowed = ~_impossible(table, dict(zip(rest, cell, strict=True)))
+        index = _best(values["log_prob"], allowed) if reference is None else models.index(reference)
         if index is None or np.isnan(values["log_prob"][index]).all():
             continue
         names[cell] = models[index]
@@ -207,9 +209,20 @@ def paired_differences(table: xr.Dataset, *, reference: str | None = None) -> xr
     return xr.Dataset(variables, {dim: table[dim] for dim in dims}, attrs)
 
 
-def _best(log_prob: np.ndarray) -> int | None:
+def _impossible(table: xr.Dataset, cell: Mapping[str, int]) -> np.ndarray:
+    """Which models claim a probability above one, ``(M,)``."""
+    if "impossible" not in table:
+        return np.zeros(table.sizes["model"], dtype=bool)
+    found = table["impossible"].isel(
+        {k: v for k, v in cell.items() if k in table["impossible"].dims}
+    )
+    return np.asarray(found.fillna(0).values).astype(bool)
+
+
+def _best(log_prob: np.ndarray, allowed: np.ndarray) -> int | None:
     """The model with the largest mean on the rows that all have which answer, from ``(M, N)``."""
     answered = ~np.isnan(log_prob).all(-1)
+    answered = answered & allowed if (answered & allowed).any() else answered
     common = ~np.isnan(log_prob[answered]).any(0)
     if not answered.any() or not common.any():
         return None
@@ -454,7 +467,8 @@ def _difference_cell(cell: xr.Dataset, model: str) -> str:
 
 def _mark(cell: xr.Dataset) -> str:
     share = float(cell["pareto_k"])
-    return f" !{100 * share:.0f}%" if share > FLAGGED_SHARE else ""
+    above = "impossible" in cell and bool(cell["impossible"].fillna(0))
+    return (" ‡" if above else "") + (f" !{100 * share:.0f}%" if share > FLAGGED_SHARE else "")
 
 
 def table_note(table: xr.Dataset) -> str:
@@ -481,6 +495,8 @@ def table_note(table: xr.Dataset) -> str:
         note += f", {100 * share:g} % of them from the prior." if share else "."
     if bool((table["pareto_k"] > FLAGGED_SHARE).any()):
         note += " !n%: not reliable, Pareto k > 0.7 in n% of the rows."
+    if "impossible" in table and bool((table["impossible"].fillna(0) > 0).any()):
+        note += " ‡: a probability above one, since what is subtracted is estimated too low."
     return note
 
 

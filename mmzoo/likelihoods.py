@@ -155,6 +155,8 @@ class Likelihood(nn.Module):
     name: ClassVar[str] = "likelihood"
     #: whether log p(x | z) is a sum over the entries of x, so that single entries can be masked
     factorises: bool = True
+    #: whether log p(x | z) is the logarithm of a probability, and no density
+    is_discrete: bool = False
 
     def param_shapes(self, event_shape: Shape) -> dict[str, Shape]:
         """Name and event shape of each tensor that the decoder must give."""
@@ -240,6 +242,7 @@ class Bernoulli(Likelihood):
     """Binary values (0 or 1, of any dtype); the decoder gives logits."""
 
     name = "bernoulli"
+    is_discrete = True
 
     def distribution(self, event_shape: Shape, **params: Tensor) -> TorchDistributionMixin:
         """Bernoulli of the logits."""
@@ -286,6 +289,7 @@ class Categorical(Likelihood):
     """
 
     name = "categorical"
+    is_discrete = True
     factorises = False
 
     def __init__(self, num_classes: int) -> None:
@@ -343,6 +347,7 @@ class OneHotCategorical(Likelihood):
     """One-hot vectors along the last dimension of the event; the decoder gives logits."""
 
     name = "one_hot_categorical"
+    is_discrete = True
     factorises = False
 
     def param_shapes(self, event_shape: Shape) -> dict[str, Shape]:

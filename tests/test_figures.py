@@ -303,3 +303,23 @@ def test_errors() -> None:
         plot_latent_plane(vae, x, classes, nothing, subsets=[["image"]])
     with pytest.raises(ValueError, match="table: .*found none named mean, standard_error"):
         plot_likelihood_table(xr.Dataset())
+
+
+def test_a_model_far_behind_is_left_beside_the_axis() -> None:
+    """It would press the others into one point; its value stands there in writing."""
+    names = [f"m{i}" for i in range(7)]
+    means = np.array([-90.0, -91.0, -92.0, -93.0, -94.0, -95.0, -290.0])
+    table = xr.Dataset(
+        {
+            "mean": (("model", "quantity"), means[:, None]),
+            "standard_error": (("model", "quantity"), np.full((7, 1), 0.5)),
+        },
+        {"model": names, "quantity": ["log p(x)"]},
+    )
+    ax = plot_likelihood_table(table).axes[0]
+    left, right = ax.get_xlim()
+    assert -100 < left < -95.98
+    assert -89.02 < right < -80
+    assert [text.get_text() for text in ax.texts] == ["◂ \u2212290.0"]
+    near = plot_likelihood_table(table.isel(model=slice(6))).axes[0]
+    assert not near.texts

@@ -1452,3 +1452,20 @@ def test_all_quantities_have_a_limit():
     for wrong in ([], ["a", "a"]):
         with pytest.raises(ValueError, match="expected names of modalities, each once, found"):
             all_quantities(wrong)
+
+
+def test_probabilities_above_one_are_marked() -> None:
+    """A guide that misses the mass of p(a) leaves log p(a) too low, and log p(b | a) above zero."""
+    torch.manual_seed(0)
+    modalities = [Modality("a", (4,)), Modality("b", (2,), "one_hot_categorical")]
+    vae = MVAE(modalities, latent_dim=8)
+    with torch.no_grad():
+        for weight in vae.generative.parameters():
+            weight.mul_(6.0)  # a sharp model, whose untrained guide is no good
+    x = {"a": 3 * torch.randn(200, 4), "b": torch.eye(2)[torch.arange(200) % 2]}
+    table = likelihood_table({"MVAE": vae}, x, num_samples=3, seed=1)
+    found = table.sel(model="MVAE")
+    above = found["mean"] > 0
+    discrete = np.array([name.startswith("log p(b") for name in table["quantity"].values])
+    np.testing.assert_array_equal(found["impossible"].values, above.values & discrete)
+    assert not found["impossible"].sel(quantity="log p(b)")

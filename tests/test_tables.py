@@ -412,3 +412,19 @@ def test_mark_is_the_same_everywhere():
     from mmzoo.evaluation import figures, runs
 
     assert FLAGGED_SHARE == figures.FLAGGED_SHARE == runs.FLAGGED_SHARE
+
+
+def test_a_probability_above_one_is_marked_and_never_the_best() -> None:
+    rows = {"log_prob": np.array([[[0.4, 0.6]], [[-0.5, -0.7]], [[-0.6, -0.9]]])}
+    rows |= {"mcse": np.zeros((3, 1, 2)), "pareto_k": np.zeros((3, 1, 2))}
+    coords = {"model": ["liar", "good", "fair"], "quantity": ["log p(y | x)"]}
+    table = table_of_rows(rows, coords, note=np.full((3, 1), "", dtype=object))
+    assert str(paired_differences(table)["reference"].item()) == "liar"
+    table["impossible"] = (("model", "quantity"), np.array([[True], [False], [False]]))
+    found = paired_differences(table)
+    assert str(found["reference"].item()) == "good"
+    np.testing.assert_allclose(found["difference"].values[:, 0], [1.1, 0.0, -0.15])
+    cells = table_cells(table)["log p(y | x)"]
+    assert "‡" in cells["liar"]
+    assert "‡" not in cells["good"] + cells["fair"]
+    assert "a probability above one" in table_note(table)
