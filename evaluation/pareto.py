@@ -272,8 +272,9 @@ def _tail_shape(top: Tensor, count: Tensor, eps: float) -> Tensor:
             # exp(t) expm1(x - t) keeps the digits that exp(x) - exp(t) cancels
             excess = (shifted[rows, :n] - threshold[rows]).expm1() * threshold[rows].exp()
             k[rows] = _fit(excess.flip(1))
-    # Weights equal to round-off have no tail at all; the scale of the round-off is |log w|.
-    slack = eps**0.75 * top[:, 0].abs().clamp(min=1)
+    # Weights equal to round-off have no tail at all; the scale of the round-off is |log w|. But
+    # what differs by more than a hundredth of a nat is not equal, however large it is.
+    slack = (eps**0.75 * top[:, 0].abs()).clamp(eps**0.75, 0.01)
     constant = (size >= _MIN_TAIL) & (-threshold.squeeze(1) <= slack)
     return k.masked_fill(constant, -math.inf)
 

@@ -152,6 +152,17 @@ def test_constant_weights_are_exact(dtype: torch.dtype) -> None:
     assert exact["mcse"].item() <= torch.finfo(torch.float64).eps
 
 
+@pytest.mark.parametrize("size", [1e4, 1e6, 3e6])
+def test_large_uneven_weights_are_not_taken_for_constant(size: float) -> None:
+    """In float32 a millionth of log w is some nats: that is no round-off."""
+    noise = 4 * torch.randn(1000, 8)
+    rounded = (noise.float() - size).float()
+    k = summarise(rounded, 100)["pareto_k"]
+    expected = summarise(rounded.double() + size, 100)["pareto_k"]  # the same, without the size
+    assert (expected > 0.5).all()
+    torch.testing.assert_close(k, expected, rtol=0, atol=1e-6)
+
+
 def test_too_few_draws_have_no_shape() -> None:
     assert pareto_k(torch.randn(20, 3)).isnan().all()
     assert pareto_k(torch.randn(21, 3)).isfinite().all()
