@@ -52,6 +52,7 @@ from mmzoo.evaluation.pair import Pair, device_of, quiet, row_masks
 from mmzoo.evaluation.pareto import WeightSummary
 from mmzoo.inference.draws import (
     Draws,
+    check_density,
     draw,
     latent_values,
     log_joint,
@@ -112,8 +113,8 @@ def annealed_log_likelihood(
         given: The names in B, what is known; none of A.
         start: ``"posterior"``, the guide that sees what is scored, or ``"prior"``, which is right
             whatever the guide is, and takes more steps.
-        num_chains: C, chains of each row; at least the number of components of a mixture, from
-            which the starts are stratified.
+        num_chains: C, chains of each row; of a mixture with at most half as many components the
+            starts are stratified.
         num_steps: T; one step is plain importance sampling.
         leapfrog_steps: Gradients of one transition.
         step_size: Of the leapfrog, the same for every row and latent; default: tuned by the pilot
@@ -454,7 +455,9 @@ class _Path:
             self._encode()
         self.template = self.draw(_PILOT_CHAINS, stratified=False)
         self.shapes = {k: v.shape[2:] for k, v in latent_values(self.template).items()}
-        _, trace = log_joint(pair.model, x, observed, self.template, _PILOT_CHAINS)
+        _, trace = log_joint(
+            pair.model, x, observed, self.template, _PILOT_CHAINS, scored=pair.modalities
+        )
         self.transforms = {name: _unbounded(name, trace.nodes[name]["fn"]) for name in self.shapes}
 
     def _encode(self) -> None:
@@ -474,7 +477,11 @@ class _Path:
         """Draws from q0 for every row."""
         if self.settings.start == "posterior":
             x, observed, kwargs = self.x, self.observed, self.kwargs
-            return draw(self.guide, x, observed, num, stratified=stratified, **kwargs)
+            drawn = draw(
+                self.guide, x, observed, num, stratified=stratified, strict=False, **kwargs
+            )
+            check_density(drawn)
+            return drawn
         # Without observations the model itself is the guide that draws from the prior.
         always = {name: self.x[name] for name in self.pair.always_given}
         rows = self.num_rows
@@ -500,6 +507,7 @@ class _Path:
                 self.template,
                 len(position),
                 values=values,
+                scored=self.pair.modalities,
             )
             log_q = self._log_start(values, trace, len(position)) + log_volume
             log_p = log_p + log_volume

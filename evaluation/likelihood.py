@@ -6,9 +6,9 @@ For sets A and B of modalities, and K draws ``z_k ~ q(z | x_A, x_B)`` of each ro
     log p(x_A | x_B) =  log p(x_A, x_B) - log p(x_B)
 
 each estimate with the proposal that sees exactly what is scored, and with draws of its own. The
-draws of a mixture posterior are stratified and weighted with the density of the whole mixture. No
-weight of a training objective enters. A row uses what it has: a modality that it lacks is neither
-scored nor seen.
+draws of a mixture posterior are stratified, where there are two or more for each component, and
+weighted with the density of the whole mixture. No weight of a training objective enters. A row uses
+what it has: a modality that it lacks is neither scored nor seen.
 
 A guide that is too narrow, as one trained with few samples tends to be, finds too little mass, and
 its weights have no bound. The defensive proposal draws a share a of the K from the prior and
@@ -28,18 +28,28 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import xarray as xr
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from mmzoo.batch import modality_names
-from mmzoo.evaluation.pair import Pair, device_of, quiet
+from mmzoo.evaluation.pair import Pair, check_rows, device_of, quiet
 from mmzoo.evaluation.pareto import WeightSummary
 from mmzoo.evaluation.tables import ROW_VARIABLES, table_of_rows
-from mmzoo.inference.draws import draw, log_joint, log_prior, log_proposal, replay
+from mmzoo.inference.draws import (
+    Draws,
+    check_density,
+    draw,
+    log_joint,
+    log_prior,
+    log_proposal,
+    replay,
+)
 from mmzoo.vae import MultimodalVAE
 
 __all__ = [
@@ -286,7 +296,7 @@ def likelihood_table(
     for what, mapping in (("x", x), ("observed", observed or {})):
         modality_names(known_names, mapping, f"likelihood_table {what}")
     quantities = _default_quantities(list(known_names)) if quantities is None else quantities
-    pairs = [(_as_tuple(of), _as_tuple(given)) for of, given in quantities]
+    pairs = [_question(each) for each in quantities]
     titles = [quantity_name(of, given) for of, given in pairs]
     num_rows = _num_rows(x)
     growth = _Growth.make(num_samples, target_mcse, max_samples)
@@ -415,8 +425,10 @@ class _Growth(NamedTuple):
 
     @classmethod
     def make(cls, num_samples: int, target: float | None, max_samples: int | None) -> _Growth:
-        if num_samples < 1:
-            raise ValueError(f"log_likelihood: expected num_samples >= 1, found {num_samples}")
+        if not isinstance(num_samples, Integral) or num_samples < 1:
+            raise ValueError(
+                f"log_likelihood: expected num_samples, a whole number >= 1, found {num_samples}"
+            )
         if target is None:
             if max_samples is not None:
                 raise ValueError(
@@ -467,6 +479,7 @@ class _Sampler:
                 "share of the draws that the prior gives, the guide gives the others"
             )
         batch = vae.check(x, observed)
+        check_rows(vae, batch)
         self.vae, self.guide = vae, guide
         self.x = {name: value for name, value in batch.x.items() if value is not None}
         self.num_rows = batch.shape[-1]
@@ -581,14 +594,27 @@ class _Sampler:
         guide = self.vae.guide if self.guide is None else self.guide
         from_prior = times * self.from_prior
         from_guide = times * self.num_samples - from_prior
+        extra = int(self.from_prior > 0)
+        # Draws of the same kind throughout: who began without strata goes on without.
+        stratified = summary is None or summary.num_strata > 1 + extra
         strata = 1
         for start, num in self._chunks(from_guide, num_rows):
-            draws = draw(guide, given, seen, num, start=start, total=from_guide, **kwargs)
-            log_p, trace = log_joint(self.vae.model, x, observed, draws, num)
+            draws = draw(
+                guide,
+                given,
+                seen,
+                num,
+                start=start,
+                total=from_guide,
+                stratified=stratified,
+                strict=False,
+                **kwargs,
+            )
+            check_density(draws)
+            log_p, trace = self._log_joint(x, observed, draws, num)
             log_q = self._defended(log_proposal(draws, num_rows), log_prior(trace, num_rows))
             strata = 1 if draws.mixture is None else draws.mixture.log_weights.shape[-1]
             if summary is None:
-                extra = int(self.from_prior > 0)
                 summary = WeightSummary(self.growth.max_samples, num_strata=strata + extra)
             coef = draws.log_coef + math.log(from_guide / self.num_samples)
             stratum = draws.component
@@ -609,12 +635,17 @@ class _Sampler:
                 stratified=False,  # a prior may have more components than draws
                 num_rows=num_rows,
             )
-            log_p, trace = log_joint(self.vae.model, x, observed, draws, num)
+            log_p, trace = self._log_joint(x, observed, draws, num)
             again = replay(guide, given, seen, draws, num, **kwargs)
             log_q = self._defended(log_proposal(again, num_rows), log_prior(trace, num_rows))
             coef = draws.log_coef + math.log(from_prior / self.num_samples)
             summary.update(log_p - log_q, coef, coef.new_full((1, 1), strata))
         return summary
+
+    def _log_joint(
+        self, x: dict[str, Tensor], observed: dict[str, Tensor], draws: Draws, num: int
+    ) -> tuple[Tensor, Trace]:
+        return log_joint(self.vae.model, x, observed, draws, num, scored=self.vae.modalities)
 
     def _chunks(self, total: int, num_rows: int) -> Iterator[tuple[int, int]]:
         """First index and number of the draws of each chunk."""
@@ -681,6 +712,15 @@ def _num_rows(x: Mapping[str, Tensor]) -> int:
 
 def _as_tuple(names: str | Sequence[str]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _question(pair: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    if isinstance(pair, str) or len(pair) != 2:
+        raise ValueError(
+            f"likelihood_table quantities: expected pairs (of, given), found {pair!r}; log p(a) is "
+            "('a', ()), log p(a, b | c) is (('a', 'b'), 'c')"
+        )
+    return _as_tuple(pair[0]), _as_tuple(pair[1])
 
 
 def _default_quantities(names: list[str]) -> list[tuple[Sequence[str], Sequence[str]]]:

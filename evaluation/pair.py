@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from mmzoo.batch import Batch, check_batch, modality_names
 from mmzoo.distributions import mean_or_probs
-from mmzoo.inference.draws import draw, latent_values
+from mmzoo.inference.draws import check_observed, draw, latent_values
 from mmzoo.modality import Modality
 from mmzoo.seeding import seeded
 from mmzoo.vae import MultimodalVAE
@@ -40,6 +40,8 @@ from mmzoo.vae import MultimodalVAE
 __all__ = [
     "Pair",
     "PyroPair",
+    "check_continuous",
+    "check_rows",
     "device_of",
     "draw_latents",
     "dtype_of",
@@ -59,7 +61,8 @@ class PyroPair(nn.Module):
     Both are called as ``program(x, observed)``: ``x`` maps every modality to values
     ``(N, *event_shape)`` (a filler inside the support stands where a row has none) and ``observed``
     maps every modality to a bool mask ``(N,)``. Both open ``pyro.plate("data", N, dim=-1)`` with
-    every sample site inside it.
+    every sample site inside it, and no other plate: draws take the dimension left of it. Parts of a
+    row, such as moments in time, belong to the event (``.to_event``).
 
     The model has one site for each modality, of that name, with ``obs=x[name]``. It need not look
     at ``observed``: missing rows are masked from outside, and what is to be generated is set free.
@@ -78,8 +81,9 @@ class PyroPair(nn.Module):
             would need another is left out of tables, with the reason.
 
     Raises:
-        ValueError: For an unknown modality, a model without one site for each modality, or one in
-            which a site depends on the value of a modality.
+        ValueError: For an unknown modality, a model without one site for each modality, with an
+            observed site beside them or with a plate beside that over rows, or one in which a site
+            depends on the value of a modality.
     """
 
     #: As for models of the zoo: what every row must have.
@@ -220,8 +224,9 @@ class PyroPair(nn.Module):
 
     def _find_sites(self) -> tuple[str, ...]:
         """Names of the latents, from a run on two rows of filler."""
+        rows = 2
         with quiet(self, seed=0):
-            trace = poutine.trace(self.model).get_trace({}, num_rows=2)
+            trace = poutine.trace(self.model).get_trace({}, num_rows=rows)
         sites = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
         for name in self.modalities:
             if name not in sites or not sites[name]["is_observed"]:
@@ -229,8 +234,23 @@ class PyroPair(nn.Module):
                     f"PyroPair {self.title!r}: expected an observed model site {name!r}, found "
                     f"sites {', '.join(sites)}; write pyro.sample({name!r}, …, obs=x[{name!r}])"
                 )
-        found = [name for name, node in sites.items() if not node["is_observed"]]
-        return tuple(name for name in found if not _is_plate(sites[name]))
+        for name, node in sites.items():
+            if _is_plate(node):
+                continue
+            check_observed(name, node, self.modalities)
+            if node["fn"].batch_shape != (rows,):
+                raise ValueError(
+                    f"PyroPair {self.title!r} model site {name!r}: expected batch shape (N,), the "
+                    f"plate over rows alone, found {tuple(node['fn'].batch_shape)} for N = {rows}; "
+                    "put every site inside it, and make what else there is part of the event"
+                )
+        latents = {
+            name: node["fn"]
+            for name, node in sites.items()
+            if not (node["is_observed"] or _is_plate(node))
+        }
+        self.discrete_sites = tuple(k for k, fn in latents.items() if fn.support.is_discrete)
+        return tuple(latents)
 
     def _check_independence(self) -> None:
         """Refuses a model in which a modality is the parent of another site.
@@ -281,6 +301,19 @@ class _Observe(poutine.messenger.Messenger):
             return
         mask, before = self.masks[name], msg["mask"]
         msg["mask"] = mask if before is None else mask & before
+
+
+def check_continuous(pair: Pair, where: str) -> None:
+    """Refuses latents without a gradient, which no model of the zoo has.
+
+    Raises:
+        ValueError: For a pair with a discrete latent.
+    """
+    if found := getattr(pair, "discrete_sites", ()):
+        raise ValueError(
+            f"{where}: expected continuous latents, which have a gradient, found discrete "
+            f"{', '.join(found)}; sum them out in the model, or use log_likelihood"
+        )
 
 
 @contextmanager
@@ -352,11 +385,32 @@ def named_subsets(
     return list(dict.fromkeys(found))
 
 
+def check_rows(pair: Pair, batch: Batch) -> None:
+    """Refuses what the models take for training, but no row has: dimensions left of the rows.
+
+    Raises:
+        ValueError: For values or masks with one.
+    """
+    masks = {name: mask for name, mask in batch.observed.items() if mask is not None}
+    shapes = {f"observed[{name!r}]": mask.shape for name, mask in masks.items()}
+    for name, value in batch.x.items():
+        if value is not None:
+            event_dims = len(pair.modalities[name].event_shape)
+            shapes[f"x[{name!r}]"] = value.shape[: value.dim() - event_dims]
+    for what, shape in shapes.items():
+        if len(shape) != 1:
+            raise ValueError(
+                f"{what}: expected one dimension of rows, found {tuple(shape)}; flatten them into "
+                "one"
+            )
+
+
 def row_masks(
     pair: Pair, x: Mapping[str, Tensor], observed: Mapping[str, Tensor] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
     """The checked values, a mask ``(N,)`` for *every* modality of the pair, and N."""
     batch = pair.check(x, observed)
+    check_rows(pair, batch)
     rows = batch.shape[-1]
     blank = torch.ones(rows, dtype=torch.bool, device=batch.device)
     masks = {}
@@ -440,7 +494,7 @@ def _draw(
         given = {n: values[n][index] for n in (pair.always_given if kept is None else kept)}
         program = pair.model if kept is None else guide
         shown = None if kept is None else {name: mask[index] for name, mask in kept.items()}
-        extra = {"num_rows": some} if kept is None else {}
+        extra: dict[str, Any] = {"num_rows": some} if kept is None else {}
         drawn = draw(program, given, shown, num_draws, stratified=False, **extra)
         for name, value in latent_values(drawn).items():
             if name not in found:

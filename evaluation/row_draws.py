@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mmzoo.evaluation.pair import Pair
 from mmzoo.evaluation.pareto import pareto_k
-from mmzoo.inference.draws import draw, latent_values, log_joint, log_proposal
+from mmzoo.inference.draws import check_density, draw, latent_values, log_joint, log_proposal
 
 __all__ = ["RowDraws", "draw_rows", "predict_rows"]
 
@@ -147,9 +147,12 @@ def _draw_some(
             start=start,
             total=total,
             stratified=bool(num_proposals) and not blank,
+            strict=False,
             **extra,
         )
-        lp, trace = log_joint(pair.model, x, masks, draws, num)
+        if not blank:
+            check_density(draws)
+        lp, trace = log_joint(pair.model, x, masks, draws, num, scored=pair.modalities)
         scores = {
             name: trace.nodes[name]["log_prob"].expand(num, rows).where(mask, torch.nan)
             for name, mask in masks.items()

@@ -13,7 +13,15 @@ from pyro import poutine
 from torch import Tensor
 
 from mmzoo.evaluation.pair import Pair, named_subsets, subset_name
-from mmzoo.inference.draws import Draws, draw, latent_values, log_joint, log_proposal, replay
+from mmzoo.inference.draws import (
+    Draws,
+    check_density,
+    draw,
+    latent_values,
+    log_joint,
+    log_proposal,
+    replay,
+)
 from mmzoo.inference.draws import log_prior as prior_of
 from mmzoo.vae import MultimodalVAE
 
@@ -147,7 +155,7 @@ class _Part:
     ) -> None:
         self.index = index.nonzero().squeeze(-1)
         whole = bool(index.all())
-        self.model = pair.model
+        self.model, self.names = pair.model, tuple(pair.modalities)
         self.empty, self.always = not masks, pair.always_given
         names = pair.always_given if self.empty else masks
         self.x = {name: x[name] if whole else x[name][index] for name in names}
@@ -163,7 +171,10 @@ class _Part:
 
     def _draw(self, num_draws: int, stratified: bool = False) -> Draws:
         options = {"stratified": stratified and not self.empty, **self.kwargs}
-        return draw(self.guide, self.x, self.masks, num_draws, **options)
+        draws = draw(self.guide, self.x, self.masks, num_draws, **options)
+        if not self.empty:
+            check_density(draws)
+        return draws
 
     def _fixed(self, values: Mapping[str, Tensor]) -> tuple[Draws, int]:
         """Draws of these values, and K."""
@@ -187,7 +198,7 @@ class _Part:
             log_p = self.log_guide(values)
             return log_p, log_p
         draws, num = self._fixed(values)
-        log_p, trace = log_joint(self.model, self.x, self.masks, draws, num)
+        log_p, trace = log_joint(self.model, self.x, self.masks, draws, num, scored=self.names)
         shape = (num, self.rows)
         return log_p.expand(shape), prior_of(trace, self.rows).expand(shape)
 

@@ -6,12 +6,13 @@ from every component in turn, and each is weighted with the density of the whole
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pyro
 from pyro import poutine
+from pyro.distributions import Delta, Unit
 from pyro.distributions.util import detach, scale_and_mask
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -20,6 +21,8 @@ from mmzoo.distributions import FlowMixture, Mixture, Strata
 
 __all__ = [
     "Draws",
+    "check_density",
+    "check_observed",
     "detach_parameters",
     "draw",
     "latent_values",
@@ -50,9 +53,9 @@ class Draws(NamedTuple):
 class _Stratify(poutine.messenger.Messenger):
     """Takes the draws of a mixture from its components in turn."""
 
-    def __init__(self, num: int, start: int, total: int) -> None:
+    def __init__(self, num: int, start: int, total: int, *, strict: bool) -> None:
         super().__init__()
-        self.num, self.start, self.total = num, start, total
+        self.num, self.start, self.total, self.strict = num, start, total, strict
         self.strata: Strata | None = None
         self.mixture: Mixture | None = None
 
@@ -67,6 +70,8 @@ class _Stratify(poutine.messenger.Messenger):
             )
         # Batch (K, N): every particle holds the same mixture, so one of them is stratified.
         one = fn.like(fn.log_weights[0], fn.loc[0], fn.scale[0])
+        if not self.strict and self.total < 2 * int(one.present.sum(-1).max()):
+            return  # one draw alone in a stratum says nothing of its spread
         self.strata = one.stratify(self.num, start=self.start, total=self.total)
         self.mixture = fn
         msg["value"], msg["done"] = self.strata.value, True
@@ -81,6 +86,7 @@ def draw(
     start: int = 0,
     total: int | None = None,
     stratified: bool = True,
+    strict: bool = True,
     **kwargs: Any,
 ) -> Draws:
     """Runs a guide with K particles on a plate of their own.
@@ -94,10 +100,12 @@ def draw(
         total: the number of draws altogether, where they are taken in chunks.
         stratified: Whether a mixture is drawn from component by component; a prior, which may
             have more components than there are draws, is not.
+        strict: Whether fewer draws than components raise. Otherwise a mixture with fewer than two
+            for each is drawn from as a whole, as every other guide is, without gradients.
         kwargs: Passed on to the guide.
     """
     total = num_samples if total is None else total
-    stratify = _Stratify(num_samples, start, total)
+    stratify = _Stratify(num_samples, start, total, strict=strict)
     handler = stratify if stratified else nullcontext()
     with handler, pyro.plate("particles", num_samples, dim=-2):
         trace = poutine.trace(guide).get_trace(x, observed, **kwargs)
@@ -171,6 +179,24 @@ def latent_values(draws: Draws) -> dict[str, Tensor]:
     return {name: site["value"] for name, site in _latents(draws.trace).items()}
 
 
+def check_density(draws: Draws) -> None:
+    """Refuses a guide without a density, whose weights would all be ``p(x, z)`` of one point.
+
+    Raises:
+        ValueError: For a latent that the guide gives as a point mass.
+    """
+    for name, site in _latents(draws.trace).items():
+        fn = site["fn"]
+        while hasattr(fn, "base_dist"):
+            fn = fn.base_dist
+        if isinstance(fn, Delta):
+            raise ValueError(
+                f"guide site {name!r}: expected a density, found a point mass; p(x, z) at one "
+                "point is no likelihood, so give the guide a spread (AutoNormal instead of "
+                "AutoDelta), or anneal from the prior"
+            )
+
+
 def log_joint(
     model: Callable[..., Any],
     x: Mapping[str, Tensor | None],
@@ -179,6 +205,7 @@ def log_joint(
     num_samples: int,
     *,
     values: Mapping[str, Tensor] | None = None,
+    scored: Collection[str] | None = None,
 ) -> tuple[Tensor, Trace]:
     """``log p(x, z)`` of each draw, ``(K, N)``, and the model's trace.
 
@@ -189,6 +216,12 @@ def log_joint(
         draws: The draws.
         num_samples: K.
         values: Latent values to be used in place of the trace's own.
+        scored: The only sites that may be observed, where the result has to be a density of them:
+            no term of a training objective may stand in it. Default: any.
+
+    Raises:
+        ValueError: For sites of the model that the guide does not have or the reverse, and for an
+            observed site that is not scored.
     """
     found = latent_values(draws)
     with pyro.plate("particles", num_samples, dim=-2), _Fix({**found, **(values or {})}):
@@ -203,6 +236,8 @@ def log_joint(
                 f"model site {name!r}: expected a value from the guide, found none; the guide must "
                 f"sample every latent of the model, it samples {', '.join(found)}"
             )
+        if scored is not None:
+            check_observed(name, site, scored)
         total = _add(total, _log_prob(site, site["fn"], site["value"]), name, num_rows)
     for name in found:
         # Its density would stand in log q alone: the weights would no longer average to p(x).
@@ -213,6 +248,22 @@ def log_joint(
             )
     assert total is not None
     return total, trace
+
+
+def check_observed(name: str, site: Mapping[str, Any], scored: Collection[str]) -> None:
+    """Refuses a sample site of a model that is observed and no modality.
+
+    Raises:
+        ValueError: For such a site; ``pyro.deterministic`` is none, its density is one.
+    """
+    if not site["is_observed"] or name in scored or site["infer"].get("_deterministic"):
+        return
+    kind = "a pyro.factor" if isinstance(site["fn"], Unit) else "another measurement"
+    raise ValueError(
+        f"model site {name!r}: expected no observed site beside {', '.join(scored)}, found {kind}, "
+        "which would be counted in every likelihood; make it a modality, or move it to the "
+        "objective or the guide"
+    )
 
 
 def detach_parameters(fn: Any) -> Any:

@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyro
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from mmzoo import Modality, MultimodalVAE
 from mmzoo.combine import product_of_experts
 from mmzoo.distributions import Mixture
+from mmzoo.evaluation.amortization import amortization_gap
+from mmzoo.evaluation.annealed import annealed_log_likelihood
+from mmzoo.evaluation.datatree import to_datatree
 from mmzoo.evaluation.likelihood import (
     all_quantities,
     likelihood_curve,
@@ -24,6 +28,7 @@ from mmzoo.evaluation.likelihood import (
     log_likelihood,
     quantity_name,
 )
+from mmzoo.evaluation.pair import row_masks
 from mmzoo.exact import DiscreteWorld, LinearGaussianWorld, _LinearDecoder, quadrature_log_prob
 from mmzoo.inference import SubsetELBO, Wasserstein
 from mmzoo.joint import JointNetworkVAE
@@ -920,7 +925,8 @@ def test_row_with_nothing_observed_is_refused():
         ({"of": "a", "proposal": ["q"]}, "log_likelihood proposal: unknown modality 'q'"),
         ({"of": []}, r"disjoint sets and a non-empty 'of', found of=\[\]"),
         ({"of": ["a", "b"], "given": "b"}, "disjoint sets .* found of=.*, given="),
-        ({"of": "a", "num_samples": 0}, "expected num_samples >= 1, found 0"),
+        ({"of": "a", "num_samples": 0}, "num_samples, a whole number >= 1, found 0"),
+        ({"of": "a", "num_samples": 10.5}, "num_samples, a whole number >= 1, found 10.5"),
     ],
 )
 def test_questions_without_an_answer_are_refused(options: dict, message: str):
@@ -929,11 +935,86 @@ def test_questions_without_an_answer_are_refused(options: dict, message: str):
         log_likelihood(vae, w.sample(4, seed=4), **options)
 
 
-def test_fewer_draws_than_components_are_refused():
+@pytest.mark.parametrize("draws", [2, 5, 6])
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_mixture_with_hardly_a_draw_for_each_component(draws: int, share: float):
+    """Below two for each of three components it is drawn from as a whole, just as unbiased."""
+    w, copies = world(), 3000
+    x = {name: value.repeat(copies, 1) for name, value in w.sample(1, seed=4).items()}
+    options = {"of": NAMES, "num_samples": draws, "prior_share": share}
+    found = log_likelihood(model("mmvae", w, width=1.5), x, **options)
+    ratio = np.exp(found.log_prob.values - w.log_prob(x, of=NAMES).numpy())
+    assert abs(ratio.mean() - 1) < ERRORS * ratio.std(ddof=1) / math.sqrt(copies)
+    # The squared errors, in units of p(x), are those that the estimates claim on average.
+    squares = (found.mcse.values * ratio) ** 2 - (ratio - 1) ** 2
+    if not share:  # whose strata may have a single draw
+        assert abs(squares.mean()) < ERRORS * squares.std(ddof=1) / math.sqrt(copies)
+
+
+def test_target_is_met_from_fewer_draws_than_components():
     w = world()
-    x, message = w.sample(4, seed=4), "each of its 3 components, found num_samples=2; raise"
-    with pytest.raises(ValueError, match=message):
-        log_likelihood(model("mmvae", w), x, of=NAMES, num_samples=2)
+    x = w.sample(N, seed=4)
+    options = {"num_samples": 4, "target_mcse": 0.05, "max_samples": 4 << 10}
+    found = log_likelihood(model("mmvae", w, width=1.5), x, of=NAMES, **options)
+    exact = w.log_prob(x, of=NAMES).numpy()
+    assert (found.mcse.values <= 0.05).all()
+    # An estimated error of a few draws may stop too early: these rows had hundreds.
+    assert (found.num_samples.values > 100).all()
+    assert (abs(found.log_prob.values - exact) < ERRORS * found.mcse.values).all()
+
+
+def test_rows_have_one_dimension():
+    w, vae = zero_variance()
+    x = {name: value[None] for name, value in w.sample(4, seed=4).items()}
+    with pytest.raises(
+        ValueError, match=r"x\['a'\]: expected one dimension of rows, found \(1, 4\)"
+    ):
+        log_likelihood(vae, x, of="a")
+    with pytest.raises(ValueError, match=r"x\['a'\]: expected one dimension of rows"):
+        row_masks(vae, x)
+
+
+@pytest.mark.parametrize("asked", ["a", ("a",), ("a", "b", "c")])
+def test_table_wants_pairs(asked: Any):
+    w, vae = zero_variance()
+    with pytest.raises(ValueError, match=r"quantities: expected pairs \(of, given\), found"):
+        likelihood_table({"it": vae}, w.sample(4, seed=4), quantities=[asked])
+
+
+def test_terms_of_a_training_objective_are_refused():
+    """A factor in a model of one's own would shift every likelihood; one in its guide cannot."""
+
+    class Regularised(MVAE):
+        def model(self, x: Any = None, observed: Any = None, **options: Any) -> Any:
+            found = super().model(x, observed, **options)
+            pyro.factor("penalty", torch.tensor(-3.0))
+            return found
+
+    w = world()
+    vae = Regularised(w.modalities(), latent_dim=w.latent_dim)
+    with pytest.raises(ValueError, match="model site 'penalty': .* found a pyro.factor, which"):
+        log_likelihood(vae, w.sample(4, seed=4), of="a")
+    with pytest.raises(ValueError, match="model site 'penalty'"):
+        annealed_log_likelihood(vae, w.sample(4, seed=4), of="a", start="prior", num_steps=2)
+
+
+@pytest.mark.parametrize("where", ["likelihood", "annealed", "gap", "export"])
+def test_point_mass_has_no_likelihood(where: str):
+    w = world()
+    vae, x = model("mvae", w), w.sample(4, seed=4)
+
+    def guide(x: Any, observed: Any = None, **options: Any) -> None:
+        with pyro.plate("data", 4, dim=-1):
+            pyro.sample("z", dist.Delta(torch.ones(4, w.latent_dim)).to_event(1))
+
+    calls = {
+        "likelihood": lambda: log_likelihood(vae, x, of="a", guide=guide),
+        "annealed": lambda: annealed_log_likelihood(vae, x, of="a", guide=guide),
+        "gap": lambda: amortization_gap(vae, x, guide=guide),
+        "export": lambda: to_datatree(vae, x, guide=guide),
+    }
+    with pytest.raises(ValueError, match="guide site 'z': expected a density, found a point mass"):
+        calls[where]()
 
 
 # Draws until an error is small enough -----------------------------------------------------------

@@ -179,6 +179,62 @@ def test_modality_that_is_a_parent_is_refused(world: LinearGaussianWorld, child:
         PyroPair(model, programs.guide, modalities)
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            "factor",
+            "model site 'extra': expected no observed site beside a, b, found a pyro.factor",
+        ),
+        ("observed", "model site 'extra': .* found another measurement, which would be counted"),
+        ("plate", r"model site 'extra': expected batch shape \(N,\), .* found \(3, 2\) for N = 2"),
+        ("outside", r"model site 'extra': expected batch shape \(N,\), .* found \(\) for N = 2"),
+    ],
+)
+def test_site_that_no_likelihood_can_hold_is_refused(
+    world: LinearGaussianWorld, kind: str, message: str
+) -> None:
+    programs = Programs(world)
+
+    def model(x: dict[str, Tensor], observed: dict[str, Tensor]) -> None:
+        programs.model(x, observed)
+        if kind == "outside":
+            pyro.sample("extra", dist.Normal(0.0, 1.0))
+            return
+        with pyro.plate("more", len(x["a"]), dim=-1):
+            if kind == "factor":
+                pyro.factor("extra", torch.tensor(-3.0))
+            elif kind == "observed":
+                pyro.sample("extra", dist.Normal(0.0, 1.0), obs=torch.tensor(0.5))
+            else:
+                with pyro.plate("parts", 3, dim=-2):
+                    pyro.sample("extra", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match=message):
+        PyroPair(model, programs.guide, programs.modalities())
+
+
+def test_deterministic_site_and_factor_in_the_guide_change_nothing(
+    world: LinearGaussianWorld,
+) -> None:
+    programs, x = Programs(world), world.sample(5, seed=1)
+
+    def model(x: dict[str, Tensor], observed: dict[str, Tensor]) -> None:
+        programs.model(x, observed)
+        with pyro.plate("more", len(x["a"]), dim=-1):
+            pyro.deterministic("twice", torch.tensor(2.0))
+
+    def guide(x: dict[str, Tensor], observed: dict[str, Tensor]) -> None:
+        programs.guide(x, observed)
+        with pyro.plate("more", len(x["a"]), dim=-1):
+            pyro.factor("alignment", torch.tensor(7.0), has_rsample=True)
+
+    pair = PyroPair(model, guide, programs.modalities())
+    found = log_likelihood(pair, x, of="a", given="b", num_samples=2)
+    exact = world.log_prob(x, of=["a"], given=["b"])
+    torch.testing.assert_close(torch.as_tensor(found.log_prob.values), exact)
+
+
 def test_mean_of_an_integer_label_is_its_probabilities() -> None:
     def model(x: dict[str, Tensor], observed: dict[str, Tensor]) -> None:
         with pyro.plate("data", len(x["label"]), dim=-1):
