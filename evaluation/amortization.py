@@ -34,7 +34,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from mmzoo.evaluation.pair import Pair, device_of, quiet, row_masks
+from mmzoo.evaluation.pair import Pair, check_continuous, device_of, quiet, row_masks
 from mmzoo.evaluation.pareto import WeightSummary
 from mmzoo.evaluation.scored import Shown, find_subsets, flatten, unflatten
 
@@ -117,6 +117,7 @@ def amortization_gap(
             f"{where}: expected num_steps >= 1, num_samples >= 3 and num_particles >= 2, found "
             f"{num_steps}, {num_samples} and {num_particles}"
         )
+    check_continuous(pair, where)
     names = list(pair.modalities) if given is None else given
     title, subset = next(iter(find_subsets(pair, [names], where).items()))
     values, masks, num_rows = row_masks(pair, x, observed)

@@ -140,7 +140,8 @@ def check_model(
         try:
             found = check()
         except ValueError as error:  # every check says in one line what it lacks
-            found = xr.Dataset(attrs={"note": str(error)})
+            # Where it comes from inside a program, Pyro has added all shapes of its sites.
+            found = xr.Dataset(attrs={"note": str(error).split("\n", 1)[0]})
         tree[name] = xr.DataTree(found)
     if on_check:
         on_check("", len(checks), len(checks))

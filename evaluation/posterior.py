@@ -35,7 +35,7 @@ from torch.distributions import Independent, MixtureSameFamily, kl_divergence
 
 from mmzoo import combine
 from mmzoo.distributions import FlowMixture, Mixture
-from mmzoo.evaluation.pair import Pair, device_of, quiet, row_masks
+from mmzoo.evaluation.pair import Pair, check_continuous, device_of, quiet, row_masks
 from mmzoo.evaluation.scored import (
     Shown,
     Site,
@@ -358,7 +358,8 @@ def kl_per_dimension(
 
     Of latents that are drawn one after another, each given those before it. Dimensions of one site
     that the posterior or the prior couples (a mixture, a full covariance) are looked at one by one,
-    by their marginals; where these are not known either, as of a flow, they are NaN.
+    by their marginals; where these are not known either, as of a flow, they are NaN, and do not
+    count in the share that collapsed.
 
     Args:
         pair: A model of the zoo or a pair of your own.
@@ -390,7 +391,9 @@ def kl_per_dimension(
         mcse = np.sqrt(np.nansum(variances, 1)) / count
     mcse = np.where(np.isnan(mean), np.nan, mcse)
     dims = ("subset", "latent")
-    collapsed = mean[:, :-1] < threshold
+    collapsed, known = mean[:, :-1] < threshold, ~np.isnan(mean[:, :-1])
+    with np.errstate(invalid="ignore"):
+        collapsed_share = collapsed.sum(-1) / known.sum(-1)  # NaN if nothing is known
     return xr.Dataset(
         {
             "kl": (dims, mean[:, :-1]),
@@ -400,7 +403,7 @@ def kl_per_dimension(
             "total": ("subset", mean[:, -1]),
             "total_error": ("subset", error[:, -1]),
             "total_mcse": ("subset", mcse[:, -1]),
-            "collapsed_share": ("subset", collapsed.mean(-1)),
+            "collapsed_share": ("subset", collapsed_share),
             "num_rows": ("subset", count[:, 0]),
         },
         coords={"subset": list(subsets), "latent": run.latents},
@@ -434,7 +437,7 @@ def _site_divergence(site: Site) -> Tensor:
     size = (*shape[:2], math.prod(shape[2:]))
     q, p = _marginals(site.guide), _marginals(site.prior)
     if q is None or p is None:
-        return value.new_full(size, torch.nan)
+        return torch.full(size, torch.nan, device=value.device)
     try:
         found = kl_divergence(q, p)
     except NotImplementedError:
@@ -455,10 +458,9 @@ def _marginals(fn: Any) -> Any:
             fn.family(fn.loc.mT, fn.scale.mT, validate_args=False),
             validate_args=False,
         )
-    if isinstance(fn, Independent):
+    while isinstance(fn, Independent):
         fn = fn.base_dist
-    elementwise = (torch.distributions.Normal, torch.distributions.Laplace)
-    return fn if isinstance(fn, elementwise) else None
+    return None if fn.event_shape else fn
 
 
 # Modalities against each other --------------------------------------------------------------------
@@ -501,8 +503,9 @@ def modality_shares(
         What is always given is not scored, and left out.
 
     Raises:
-        ValueError: For a bad batch, or too few draws.
+        ValueError: For a bad batch, too few draws, or a discrete latent.
     """
+    check_continuous(pair, "modality_shares")
     run = _Run(pair, x, observed, guide, num_draws, seed)
     names = [name for name in pair.modalities if name in run.x and name not in pair.always_given]
     totals = _Totals(pair, names)
@@ -558,7 +561,9 @@ class _Totals:
         values = latent_values(draws)
         self.reparameterised &= any(value.requires_grad for value in values.values())
         free = {n: v if v.requires_grad else v.requires_grad_() for n, v in values.items()}
-        _, trace = log_joint(self.pair.model, x, shown, draws, num_draws, values=free)
+        _, trace = log_joint(
+            self.pair.model, x, shown, draws, num_draws, values=free, scored=self.pair.modalities
+        )
         weight = draws.log_coef.exp()
         for i, name in enumerate(self.names):
             mask = masks[name]

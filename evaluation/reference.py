@@ -24,7 +24,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from mmzoo.evaluation.pair import Pair, device_of, quiet, row_masks
+from mmzoo.evaluation.pair import Pair, check_continuous, device_of, quiet, row_masks
 from mmzoo.evaluation.posterior import sliced_wasserstein
 from mmzoo.evaluation.scored import Shown, find_subsets, flatten, latent_names
 
@@ -78,7 +78,8 @@ def nuts_posterior(
         The attributes name the row and what it was given.
 
     Raises:
-        ValueError: For a row that is not there, unknown names, or sizes that are too small.
+        ValueError: For a row that is not there, unknown names, sizes that are too small, or a
+            discrete latent.
 
     Example:
         >>> from mmzoo.exact import LinearGaussianWorld
@@ -95,6 +96,7 @@ def nuts_posterior(
             f"{where}: expected num_samples >= {_MIN_DRAWS}, warmup_steps >= 1 and num_chains >= "
             f"1, found {num_samples}, {warmup_steps} and {num_chains}"
         )
+    check_continuous(pair, where)
     names = list(pair.modalities) if given is None else given
     title, subset = next(iter(find_subsets(pair, [names], where).items()))
     values = _row(pair, x, observed, subset, row, where)

@@ -1,6 +1,7 @@
 """Posterior checks against worlds where every gap, divergence and gradient has a closed form."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pyro
@@ -21,6 +22,7 @@ from mmzoo.evaluation.posterior import (
     posterior_agreement,
     sliced_wasserstein,
 )
+from mmzoo.evaluation.reference import nuts_posterior
 from mmzoo.evaluation.scored import Shown
 from mmzoo.exact import LinearGaussianWorld
 from mmzoo.likelihoods import Normal
@@ -390,6 +392,50 @@ def test_flow_has_no_marginals() -> None:
     found = kl_per_dimension(vae, vae.generate(num_rows=5), num_draws=50)
     assert found["kl"].isnull().all() and found["total"].notnull().all()
     assert not found["collapsed"].any()
+    assert found["collapsed_share"].isnull().all()  # nothing is known, not: nothing collapsed
+
+
+def chosen() -> PyroPair:
+    """A class and a positive size behind one number; the guide ignores what it sees."""
+
+    def latents(logits: list[float], rate: float, beta: float) -> tuple:
+        c = pyro.sample("c", dist.Categorical(logits=torch.tensor(logits)))
+        s = pyro.sample("s", dist.Gamma(2.0, rate))
+        u = pyro.sample("u", dist.Beta(2.0, beta))
+        return c, s, u
+
+    def model(x, observed=None):
+        with pyro.plate("data", len(x["a"]), dim=-1):
+            c, s, u = latents([0.0, 0.0], 1.0, 2.0)
+            pyro.sample("a", dist.Normal(c * s + u, 1.0), obs=x["a"])
+
+    def guide(x, observed=None):
+        with pyro.plate("data", len(x["a"]), dim=-1):
+            latents([0.0, math.log(3.0)], 2.0, 3.0)
+
+    return PyroPair(model, guide, [Modality("a", (), Normal(1.0))])
+
+
+def test_divergence_of_classes_and_of_bounded_latents_is_exact() -> None:
+    found = kl_per_dimension(chosen(), {"a": torch.randn(5)})
+    expected = [
+        0.25 * math.log(0.5) + 0.75 * math.log(1.5),
+        2 * math.log(2.0) - 1.0,  # Gamma of one shape: a log(r_q / r_p) - a (1 - r_p / r_q)
+        math.log(2.0) - 1 / 3 - 1 / 4,  # log B(2, 2) / B(2, 3) + psi(3) - psi(5)
+    ]
+    assert found["latent"].values.tolist() == ["c", "s", "u"]
+    np.testing.assert_allclose(found["kl"][0], expected, rtol=1e-10)
+    np.testing.assert_allclose(found["total"][0], sum(expected), rtol=1e-10)
+    assert found["collapsed_share"] == 0.0
+
+
+def test_what_needs_a_gradient_refuses_classes() -> None:
+    pair, x = chosen(), {"a": torch.randn(5)}
+    for check in (modality_shares, amortization_gap, partial(nuts_posterior, row=0)):
+        name = getattr(check, "func", check).__name__
+        message = f"{name}: expected continuous latents, .* found discrete c; sum them out"
+        with pytest.raises(ValueError, match=message):
+            check(pair, x)
 
 
 def test_every_latent_and_conditional_models() -> None:
