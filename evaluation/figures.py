@@ -396,8 +396,12 @@ def _draw_strips(
     lines = [line for title, _ in strips for line in title.split("\n")]
     margin = 0.2 + max(0.13 * len(line) for line in [*lines, *pictures[1:]])
     # A strip is as high as what it holds: one of classes alone has no room for pictures.
-    above = [_TEXT_HEIGHT * sum(name in values for name in texts) for _, values in strips]
     below = [{n: h for n, h in heights.items() if n in values} for _, values in strips]
+    lines_above = [
+        max(sum(name in values for name in texts), int(len(part) > 1))  # a title needs one
+        for (_, values), part in zip(strips, below, strict=True)
+    ]
+    above = [_TEXT_HEIGHT * number for number in lines_above]
     tops = [up + sum(each.values()) + _GAP for up, each in zip(above, below, strict=True)]
     bottoms = np.cumsum(tops)
     with _style():

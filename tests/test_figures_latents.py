@@ -132,6 +132,32 @@ def test_cross_generation_draws_several_answers() -> None:
     np.testing.assert_array_equal(again.images[0].get_array(), ax.images[0].get_array())
 
 
+def test_titles_over_several_pictures_have_a_line_of_their_own() -> None:
+    """They stand above the pictures of their strip, and below those of the strip before."""
+    modalities = [
+        Modality("img", (1, 8, 8), likelihood="bernoulli"),
+        Modality("lab", (4,), likelihood="one_hot_categorical"),
+        Modality("vec", (7,)),
+        Modality("volts", (1,)),
+    ]
+    x = {"img": torch.rand(4, 1, 8, 8).round(), "lab": torch.eye(4)}
+    x |= {"vec": torch.randn(4, 7), "volts": torch.randn(4, 1)}
+    vae = MODELS["mvae"](modalities, latent_dim=2)
+    for ax, titles in (
+        (plot_cross_generation(vae, x, given="lab", num_draws=2), 2),
+        (plot_cross_generation(vae, x, given=["img", "vec"], show="volts", num_draws=2), 1),
+        (plot_reconstructions(vae, x, show=["img", "vec"]), 6),
+        (plot_traversal(vae, num_values=3, show=["img", "vec"]), 2),
+    ):
+        check_texts(ax.figure)
+        bold = [text.get_window_extent() for text in ax.texts if text.get_weight() == "bold"]
+        assert len(bold) == titles
+        for cell in [*ax.images, *ax.patches]:
+            box = cell.get_window_extent()
+            for title in bold:
+                assert title.y0 >= box.y1 or title.y1 <= box.y0
+
+
 def test_contraction_as_map_and_bars() -> None:
     ax = plot_contraction(contraction().to_dataset())
     assert [label.get_text() for label in ax.get_yticklabels()] == [
