@@ -261,15 +261,19 @@ def plot_reconstructions(
         observed: Name to bool mask `(N,)`.
         given: Subsets of modalities; by default each alone, then all.
         show: Modalities that are drawn; by default all.
-        num_rows: Number of rows of x that are drawn, one a column of the figure.
+        num_rows: Number of rows of x that are drawn, one a column of the figure: the first ones
+            that have what is given.
         class_names: Names of the classes of a modality, in the order of their indices.
         seed: Seed of the draws; the global random state is left as it was.
         ax: Where to draw.
+
+    Raises:
+        ValueError: For an unknown name, or if no row has anything of what is given.
     """
     given = _each_and_all(vae, list(vae.modalities)) if given is None else given
     given = [[each] if isinstance(each, str) else list(each) for each in given]
     _check_names(vae, [name for each in given for name in each], "given")
-    x, observed = _first_rows(vae, x, observed, num_rows)
+    x, observed = _rows_with(vae, x, observed, given, num_rows)
     data = {name: _values(vae.modalities[name], value) for name, value in x.items()}
     for name in data:
         data[name] = [
@@ -326,6 +330,33 @@ def _first_rows(
     values, masks, _ = row_masks(vae, x, observed)
     values = {name: value[:num_rows] for name, value in values.items()}
     return values, {name: masks[name][:num_rows] for name in values}
+
+
+def _rows_with(
+    vae: Pair, x: Values, observed: Values | None, given: Sequence[Sequence[str]], num_rows: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """As :func:`_first_rows`, of rows that have most of one of the given subsets, in order."""
+    values, masks = _first_rows(vae, x, observed, None)
+    blank = torch.zeros_like(next(iter(masks.values())))
+    shares = [
+        torch.stack([masks.get(name, blank) for name in each]).double().mean(0)
+        for each in given
+        if each
+    ]
+    if not shares:
+        return _first_rows(vae, x, observed, num_rows)
+    share = torch.stack(shares).amax(0)
+    if not share.any():
+        names = dict.fromkeys(name for each in given for name in each)
+        raise ValueError(
+            f"given: expected rows that have some of {', '.join(names)}, found none; "
+            "check x and observed"
+        )
+    rows = share.argsort(descending=True, stable=True)[:num_rows].sort().values
+    return (
+        {name: value[rows] for name, value in values.items()},
+        {name: mask[rows] for name, mask in masks.items()},
+    )
 
 
 def _predict(
@@ -452,6 +483,8 @@ def _limits(
     found = [v for _, values in strips[:1] for v in values.get(name, []) if v is not None]
     if not found:
         found = [v for _, values in strips for v in values.get(name, []) if v is not None]
+    if not found:  # gaps alone
+        return 0.0, 1.0
     low, high = np.nanmin(found), np.nanmax(found)
     if _kind(modality) == "image" and low >= 0 and high <= 1:
         return 0.0, 1.0

@@ -23,6 +23,7 @@ from mmzoo.evaluation.figures import (
     _first_rows,
     _new_figure,
     _palette,
+    _rows_with,
     _style,
     _values,
 )
@@ -130,14 +131,16 @@ def plot_cross_generation(
         observed: Name to bool mask `(N,)`.
         given: The modalities that are given.
         show: Modalities that are generated; by default all others.
-        num_rows: Number of rows of x that are drawn, one a column of the figure.
+        num_rows: Number of rows of x that are drawn, one a column of the figure: the first ones
+            that have what is given.
         num_draws: Draws for each.
         class_names: Names of the classes of a modality, in the order of their indices.
         seed: Seed of the draws; the global random state is left as it was.
         ax: Where to draw.
 
     Raises:
-        ValueError: For an unknown name, or nothing to show.
+        ValueError: For an unknown name, nothing to show, or if no row has anything of what is
+            given.
     """
     given = [given] if isinstance(given, str) else list(given)
     _check_names(vae, given, "given")
@@ -149,7 +152,7 @@ def plot_cross_generation(
             f"plot_cross_generation: expected something given and something else to show, found "
             f"given={given} and show={show}"
         )
-    x, observed = _first_rows(vae, x, observed, num_rows)
+    x, observed = _rows_with(vae, x, observed, [given], num_rows)
     masks = {name: mask & (name in given) for name, mask in observed.items()}
     seen = torch.stack(list(masks.values())).any(0)
     with quiet(vae, seed):
