@@ -323,6 +323,23 @@ def _check_names(vae: Pair, names: Sequence[str], where: str) -> None:
             )
 
 
+def _check_class_names(vae: Pair, class_names: Mapping[str, Sequence[str]]) -> None:
+    _check_names(vae, list(class_names), "class_names")
+    for name, words in class_names.items():
+        modality = vae.modalities[name]
+        if _kind(modality) != "class":
+            raise ValueError(
+                f"class_names {name!r}: expected a modality of classes, found likelihood "
+                f"{modality.likelihood.name!r}; leave it out"
+            )
+        number = modality.likelihood.param_shapes(modality.event_shape)["logits"][-1]
+        if len(words) != number:
+            raise ValueError(
+                f"class_names {name!r}: expected {number} names, found {len(words)}; name each "
+                "class, in the order of their indices"
+            )
+
+
 def _first_rows(
     vae: Pair, x: Values, observed: Values | None, num_rows: int | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -417,6 +434,7 @@ def _draw_strips(
     """Stacks strips of cells of width 1; texts stand over the first picture of a cell."""
     shown = list(vae.modalities) if show is None else list(show)
     _check_names(vae, shown, "show")
+    _check_class_names(vae, class_names or {})
     texts = [name for name in shown if _kind(vae.modalities[name]) in ("class", "number")]
     pictures = [name for name in shown if name not in texts]
     heights = {name: _height(vae.modalities[name]) for name in pictures}
@@ -617,7 +635,7 @@ def plot_latent_plane(
     Args:
         vae: The model, or a pair of your own.
         x: Name to values `(N, *event_shape)`.
-        labels: Class of each row, or a number, `(N,)`.
+        labels: Class of each row, or a number, `(N,)`; a row whose label is NaN or None is grey.
         observed: Name to bool mask `(N,)`.
         subsets: Subsets of modalities; by default each alone, then all.
         site: The latent site; by default the first.
@@ -630,9 +648,10 @@ def plot_latent_plane(
     subsets = _each_and_all(vae, names) if subsets is None else subsets
     subsets = [[each] if isinstance(each, str) else list(each) for each in subsets]
     _check_names(vae, [name for each in subsets for name in each], "subsets")
+    labels = np.asarray(labels)
     _check_labels(labels, len(next(iter(x.values()))))
     x, observed = _first_rows(vae, x, observed, max_rows)
-    labels = np.asarray(labels)[:max_rows]
+    labels = labels[:max_rows]
     site = _check_site(vae, site)
     found = [_latents(vae, x, observed, each, site, seed + i) for i, each in enumerate(subsets)]
     points, axis_names = _plane([z[rows] for z, rows in found], site, method, seed)
@@ -655,7 +674,12 @@ def plot_latent_plane(
     return figure
 
 
-def _check_labels(labels: Any, rows: int) -> None:
+def _check_labels(labels: np.ndarray, rows: int) -> None:
+    if labels.ndim != 1:
+        raise ValueError(
+            f"labels: expected shape ({rows},), found {labels.shape}; pass the class of each row, "
+            "such as onehot.argmax(-1)"
+        )
     if len(labels) != rows:
         raise ValueError(
             f"labels: expected one for each of {rows} rows, found {len(labels)}; "
@@ -731,10 +755,16 @@ def _scatter(
     ax: Axes, points: np.ndarray, labels: np.ndarray, every: np.ndarray, span: np.ndarray
 ) -> Any:
     """Points of a panel; returns (class, colour) pairs, or the mappable of continuous labels."""
+    from pandas import isna
+
     _despine(ax)
     ax.locator_params(nbins=5)
     size = float(np.clip(3000 / max(len(points), 1), 3, 14))
     dots: Style = {"s": size, "linewidths": 0, "alpha": 0.75, "rasterized": True}
+    missing, rest = isna(labels), [("no label", _GREY)] if isna(every).any() else []
+    if missing.any():
+        ax.scatter(points[missing, 0], points[missing, 1], color=_GREY, **dots)
+    points, labels, every = points[~missing], labels[~missing], every[~isna(every)]
     classes = np.unique(every)
     if len(classes) > _MAX_LEGEND_CLASSES and np.issubdtype(every.dtype, np.number):
         scale: Style = {"vmin": every.min(), "vmax": every.max(), "cmap": "viridis"}
@@ -747,7 +777,7 @@ def _scatter(
             points[:, 0], points[:, 1], c=[shade[label] for label in labels.tolist()], **dots
         )
     _name_clouds(ax, points, labels, pairs, span)
-    return pairs
+    return pairs + rest
 
 
 def _name_clouds(
