@@ -97,8 +97,9 @@ def plot_pareto_k(
 
     Args:
         k: Values over rows, or a dataset with `pareto_k`, such as a result of
-            :func:`mmzoo.evaluation.log_likelihood`. Rows without a finite value, such as those of
-            constant weights, are left out and counted.
+            :func:`mmzoo.evaluation.log_likelihood`. Rows of equal weights, the best case, whose k
+            is -inf, have no place on the axis but count as rows below 0.7; those without k are
+            left out. How many there are of either stands below.
         ax: Where to draw.
     """
     values = k["pareto_k"].values if isinstance(k, xr.Dataset) else np.asarray(k)
@@ -112,10 +113,13 @@ def plot_pareto_k(
         ax.scatter(place[~bad], finite[~bad], color=_BLUE, linewidths=0, **dots)
         ax.scatter(place[bad], finite[bad], color=_VERMILION, marker="x", linewidths=0.8, **dots)
         ax.axhline(_GOOD_K, color=_INK, linewidth=0.8, linestyle=(0, (4, 2)))
-        share = f"k > {_GOOD_K} in {_percent(bad.mean())} of rows" if len(finite) else "Pareto k"
+        equal = int(np.isneginf(values).sum())
+        known, without = len(finite) + equal, len(values) - len(finite) - equal
+        share = f"k > {_GOOD_K} in {_percent(bad.sum() / known)} of rows" if known else "Pareto k"
         ax.set_title(share)
-        left_out = len(values) - len(finite)
-        ax.set_xlabel("rows, sorted" + f" ({left_out} without k)" * bool(left_out))
+        counts = {"with equal weights": equal, "without k": without}
+        beside = ", ".join(f"{count} {words}" for words, count in counts.items() if count)
+        ax.set_xlabel("rows, sorted" + f" ({beside})" * bool(beside))
         ax.set_ylabel("Pareto k")
         top = max(1.0, float(finite.max()) + 0.1) if len(finite) else 1.0
         ax.set_ylim(min(0.0, float(finite.min()) - 0.1) if len(finite) else 0.0, top)

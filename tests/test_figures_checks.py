@@ -152,9 +152,12 @@ def test_weights_do_not_change_with_a_constant_or_the_container() -> None:
 def test_rows_without_a_tail_are_counted() -> None:
     k = xr.Dataset({"pareto_k": ("row", [0.1, -np.inf, 0.9, np.nan])})
     ax = plot_pareto_k(k, Figure().subplots())
-    assert ax.get_title() == "k > 0.7 in 50 % of rows"
-    assert ax.get_xlabel() == "rows, sorted (2 without k)"
+    assert ax.get_title() == "k > 0.7 in 33 % of rows"
+    assert ax.get_xlabel() == "rows, sorted (1 with equal weights, 1 without k)"
     assert plot_pareto_k(np.array([np.nan])).get_title() == "Pareto k"
+    equal = plot_pareto_k(np.full(5, -np.inf))
+    assert equal.get_title() == "k > 0.7 in 0 % of rows"
+    assert equal.get_xlabel() == "rows, sorted (5 with equal weights)"
 
 
 # Calibration ------------------------------------------------------------------------------------
