@@ -48,6 +48,7 @@ _GOOD_K = 0.7
 _SIMULATIONS = 2000
 _MAX_POINTS = 200
 _MAX_LETTERS = 40  # of a line in a panel
+_LEGEND_LETTERS = 60  # of a line above a panel; a handle takes the room of six
 _BAND = "#D9D9D9"
 
 Style = dict[str, Any]
@@ -245,7 +246,8 @@ def plot_coverage(coverage: xr.Dataset, ax: Axes | None = None) -> Axes:
     errors = coverage["standard_error"].mean("latent")
     levels, subsets = coverage["level"].values, coverage["subset"].values
     with _style():
-        ax = _new_figure(3.6, 3.3).subplots() if ax is None else ax
+        # Two entries of the legend take a line.
+        ax = _new_figure(3.6, 3.1 + 0.1 * len(subsets)).subplots() if ax is None else ax
         ax.plot([0, 1], [0, 1], color=_GREY, linewidth=0.9, linestyle=(0, (4, 2)))
         markers = itertools.cycle("osD^vPX")
         shift = np.linspace(-0.008, 0.008, len(subsets)) if len(subsets) > 1 else [0.0]
@@ -266,7 +268,7 @@ def plot_coverage(coverage: xr.Dataset, ax: Axes | None = None) -> Axes:
         ax.set_ylim(start, 1)
         ax.set_xlabel("nominal coverage")
         ax.set_ylabel("observed coverage")
-        ax.legend(loc="upper left")
+        _legend_above(ax)
         _despine(ax)
     return ax
 
@@ -578,7 +580,8 @@ def _draw_difference(ax: Axes, cell: xr.Dataset, place: int, value: float, error
 
 def _legend_above(ax: Axes) -> None:
     """A legend that covers no data, however the curves run."""
-    columns = min(3, len(ax.get_legend_handles_labels()[1]))
+    labels = ax.get_legend_handles_labels()[1]
+    columns = max(1, min(3, len(labels), _LEGEND_LETTERS // (max(map(len, labels)) + 6)))
     place: Style = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": columns}
     ax.legend(fontsize=7.5, handlelength=1.6, columnspacing=1.2, **place)
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from test_figures import check_texts, texts
@@ -226,6 +227,18 @@ def test_coverage_stands_against_the_diagonal() -> None:
     np.testing.assert_allclose(ax.containers[1][0].get_xdata(), [0.5, 0.9])
     low, high = ax.containers[1][2][0].get_segments()[0][:, 1]
     assert (low, high) == pytest.approx((0.45 - 0.0196, 0.45 + 0.0196))
+    check_texts(ax.figure)
+
+
+def test_coverage_of_many_subsets_has_a_legend_beside_the_curves() -> None:
+    names = ["img", "lab", "vec", "img+lab", "img+vec", "lab+vec", "img+lab+vec"]
+    ax = plot_coverage(coverage().isel(subset=[0, 1, 2, 0, 1, 2, 0]).assign_coords(subset=names))
+    FigureCanvasAgg(ax.figure).draw()
+    legend, panel = ax.get_legend().get_window_extent(), ax.get_window_extent()
+    assert not legend.padded(-1).overlaps(panel)
+    assert legend.x0 >= 0 and legend.x1 <= ax.figure.bbox.width
+    assert legend.y1 <= ax.figure.bbox.height
+    assert panel.height > 0.5 * ax.figure.bbox.height
     check_texts(ax.figure)
 
 
