@@ -451,7 +451,17 @@ def _mean_cell(cell: xr.Dataset, model: str) -> str:
     if np.isnan(mean):
         return _NOTHING
     text = f"{mean:.2f}" if np.isnan(error) else f"{mean:.2f} ± {error:.2f}"
+    if _lacks_seeds(cell):
+        text += f" ({int(cell['num_seeds'])} of {cell.attrs['num_seeds']} seeds)"
     return text + _mark(cell)
+
+
+def _lacks_seeds(table: xr.Dataset) -> bool:
+    """Whether any mean is that of some seeds only, since the others gave no answer."""
+    if "num_seeds" not in table:
+        return False
+    count = table["num_seeds"]
+    return bool(((count > 0) & (count < table.attrs["num_seeds"])).any())
 
 
 def _difference_cell(cell: xr.Dataset, model: str) -> str:
@@ -483,9 +493,10 @@ def table_note(table: xr.Dataset) -> str:
             f"{over}. *: more than {SIGNIFICANT:g} standard errors."
         )
     elif "num_seeds" in table:
+        fewer = ", or as many as a cell says," if _lacks_seeds(table) else ""
         note = (
-            f"Nats per row, mean over {attrs['num_seeds']} seeds ± standard error over seeds and "
-            f"{over}."
+            f"Nats per row, mean over {attrs['num_seeds']} seeds{fewer} ± standard error over "
+            f"seeds and {over}."
         )
     else:
         note = f"Nats per row, mean ± standard error over {over}"

@@ -253,6 +253,27 @@ def test_seed_without_an_answer_does_not_count():
     assert np.isnan(neither["mean"][1]) and neither.note.values.tolist() == ["", "cannot"]
 
 
+def test_cells_say_how_many_seeds_count():
+    note = np.array([["", "cannot"]], dtype=object)
+    first = make(np.full((1, 2, 3), [[-1.0], [np.nan]]), note=note)
+    second = make(np.full((1, 2, 3), -2.0))
+    found = aggregate_seeds([first, second])
+    assert table_cells(found) == {
+        "q0": {"m0": "-1.50 ± 0.50"},
+        "q1": {"m0": "-2.00 ± 0.00 (1 of 2 seeds)"},
+    }
+    assert "mean over 2 seeds, or as many as a cell says, ± standard error" in table_note(found)
+    for text in (to_markdown(found), to_latex(found)):
+        assert text.count("(1 of 2 seeds)") == 1
+    lines = list(csv.DictReader(io.StringIO(to_csv(found))))
+    assert [line["num_seeds"] for line in lines] == ["2", "1"]
+    # Seeds that all count, or of which none does, need no words.
+    for tables in ([second, second], [first, first]):
+        whole = aggregate_seeds(tables)
+        assert "of 2 seeds" not in to_markdown(whole)
+        assert "mean over 2 seeds ± standard error" in table_note(whole)
+
+
 def test_accuracies_are_averaged_over_seeds():
     tables = []
     for share in (0.5, 0.7):
