@@ -581,7 +581,8 @@ def to_latex(table: xr.Dataset) -> str:
             rf"\textbf{{{_tex(cells[model])}}}" if bold.get(name) == model else _tex(cells[model])
             for name, cells in columns.items()
         ]
-        lines.append(" & ".join([_tex(model), *cells]) + r" \\")
+        guard = "{}" if model.startswith(("[", "*")) else ""  # not an argument of the line before
+        lines.append(" & ".join([guard + _tex(model), *cells]) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}", f"% {table_note(table)}"]
     if bold:
         lines.append(

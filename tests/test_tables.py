@@ -369,6 +369,13 @@ def test_latex_is_escaped_and_has_one_cell_for_each_column():
     assert r"$-0" in to_latex(paired_differences(written())) and r"\%" in to_latex(written(k=1.0))
 
 
+def test_latex_does_not_read_a_name_as_an_argument():
+    r"""Brackets and a star after `\\` or a rule would be its argument, across the line's end."""
+    table = make([[[-1.0, -2.0]]] * 3, models=["[a]", "*b*", "[c]"])
+    lines = to_latex(table).splitlines()
+    assert [line.split(" & ")[0] for line in lines[4:7]] == ["{}[a]", "{}*b*", "{}[c]"]
+
+
 def test_only_a_significantly_best_model_is_bold():
     bold = re.findall(r"β\\textbar\{\}VAE & \\textbf\{", to_latex(written()))
     assert len(bold) == 1 and to_latex(written()).count(r"\textbf") == 1
