@@ -22,7 +22,7 @@ from mmzoo.evaluation.figures import FLAGGED_SHARE, plot_likelihood_table, train
 from mmzoo.evaluation.figures_checks import plot_differences
 from mmzoo.evaluation.report_checks import check_sections
 from mmzoo.evaluation.report_parts import figure_html, folded, section
-from mmzoo.evaluation.tables import paired_differences
+from mmzoo.evaluation.tables import need_distinct, paired_differences
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -123,10 +123,12 @@ def write_report(
         lead: One sentence below the title.
 
     Raises:
-        ValueError: For a picture that is no PNG, or a table without means.
+        ValueError: For a picture that is missing or no PNG, a table without means, or two of its
+            models of one name.
     """
     sections = []
     if table is not None:
+        need_distinct(table, "write_report")
         sections.append(_likelihoods(table))
         if "log_prob" in table and table.sizes["model"] > 1:
             sections.append(_differences(table))

@@ -412,6 +412,16 @@ def test_csv_is_read_back(tmp_path):
     assert {line["unreliable"] for line in lines} == {"False"}
 
 
+def test_models_of_one_name_are_refused():
+    """Cells are found by name: two lines would show the numbers of one."""
+    twice = make([[[-1.0, -2.0]], [[-3.0, -4.0]]], models=["a", "a"])
+    for write in (paired_differences, table_cells, to_latex):
+        with pytest.raises(ValueError, match="expected each model once, found 'a' twice; rename"):
+            write(twice)
+    with pytest.raises(ValueError, match="table_cells: expected each quantity once, found 'q'"):
+        table_cells(make([[[-1.0, -2.0], [-3.0, -4.0]]], quantities=["q", "q"]))
+
+
 def test_names_of_variables_of_rows():
     assert set(ROW_VARIABLES.values()) < set(written().data_vars)
 
