@@ -19,6 +19,7 @@ import xarray as xr
 from torch import Tensor
 
 from mmzoo.evaluation.pair import Pair, draw_latents, quiet, row_masks
+from mmzoo.evaluation.tables import FLAGGED_SHARE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,8 +41,6 @@ __all__ = [
 _BLUE, _VERMILION, _GREY, _INK = "#0072B2", "#D55E00", "#6E6E6E", "#222222"
 # From so many models on, one that is so many spreads away is left beside the axis.
 _FOCUS_FROM, _FOCUS_REACH = 6, 5.0
-# A share of rows with Pareto k above 0.7 from which a likelihood is marked as unreliable.
-FLAGGED_SHARE = 0.1
 _TITLES = {
     "loss": "Bound",
     "log_likelihood": "Expected log p({} | z)",

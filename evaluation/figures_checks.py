@@ -20,7 +20,6 @@ from mmzoo.evaluation.figures import (
     _GREY,
     _INK,
     _VERMILION,
-    FLAGGED_SHARE,
     _despine,
     _focus,
     _new_figure,
@@ -28,6 +27,7 @@ from mmzoo.evaluation.figures import (
     _style,
 )
 from mmzoo.evaluation.pareto import pareto_k
+from mmzoo.evaluation.tables import FLAGGED_SHARE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -446,12 +446,6 @@ def test_forest_plot_of_differences_has_a_line_at_the_reference():
     assert plain.get_xlabel() == "nats per row"
 
 
-def test_mark_is_the_same_everywhere():
-    from mmzoo.evaluation import figures, runs
-
-    assert FLAGGED_SHARE == figures.FLAGGED_SHARE == runs.FLAGGED_SHARE
-
-
 def test_a_probability_above_one_is_marked_and_never_the_best() -> None:
     rows = {"log_prob": np.array([[[0.4, 0.6]], [[-0.5, -0.7]], [[-0.6, -0.9]]])}
     rows |= {"mcse": np.zeros((3, 1, 2)), "pareto_k": np.zeros((3, 1, 2))}
