@@ -1,7 +1,7 @@
 """Pictures of checks: weights, Pareto k, calibration, likelihood curves, coherence, differences.
 
-House style, colours and conventions are those of :mod:`mmzoo.evaluation.figures`: what is not to be
-relied on is hollow or crossed, and vermilion.
+House style, colours and conventions are those of :mod:`mmzoo.evaluation.figures_style`: what is not
+to be relied on is hollow or crossed, and vermilion.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import numpy as np
 import xarray as xr
 from torch import Tensor
 
-from mmzoo.evaluation.figures import (
+from mmzoo.evaluation.figures_likelihood import _focus
+from mmzoo.evaluation.figures_style import (
     _BLUE,
     _GREY,
     _INK,
     _VERMILION,
+    Style,
     _despine,
-    _focus,
     _new_figure,
     _palette,
     _style,
@@ -50,8 +51,6 @@ _MAX_POINTS = 200
 _MAX_LETTERS = 40  # of a line in a panel
 _LEGEND_LETTERS = 60  # of a line above a panel; a handle takes the room of six
 _BAND = "#D9D9D9"
-
-Style = dict[str, Any]
 
 
 # Weights ----------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Pictures of latents: what they change, what is generated from them, what modalities add to them.
 
-House style, colours and conventions are those of :mod:`mmzoo.evaluation.figures`.
+House style, colours and conventions are those of :mod:`mmzoo.evaluation.figures_style`.
 """
 
 from __future__ import annotations
@@ -15,18 +15,16 @@ from pyro import poutine
 from torch import Tensor
 
 from mmzoo.distributions import mean_or_probs
-from mmzoo.evaluation.figures import (
+from mmzoo.evaluation.figures_planes import _check_site
+from mmzoo.evaluation.figures_samples import (
+    Values,
     _check_names,
-    _check_site,
-    _despine,
     _draw_strips,
     _first_rows,
-    _new_figure,
-    _palette,
     _rows_with,
-    _style,
     _values,
 )
+from mmzoo.evaluation.figures_style import Style, _despine, _new_figure, _palette, _style
 from mmzoo.evaluation.pair import Pair, draw_latents, quiet
 
 if TYPE_CHECKING:
@@ -37,9 +35,6 @@ __all__ = ["plot_contraction", "plot_cross_generation", "plot_traversal"]
 _PRIOR_DRAWS = 4000
 # Dimensions that a traversal shows unless told otherwise.
 _MAX_DIMS = 8
-
-Values = Mapping[str, Tensor]
-Style = dict[str, Any]
 
 
 def plot_traversal(

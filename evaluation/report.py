@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
-from mmzoo.evaluation.figures import plot_likelihood_table, training_figure
 from mmzoo.evaluation.figures_checks import plot_differences
+from mmzoo.evaluation.figures_likelihood import plot_likelihood_table
+from mmzoo.evaluation.figures_training import training_figure
 from mmzoo.evaluation.report_checks import check_sections
 from mmzoo.evaluation.report_parts import figure_html, folded, section
 from mmzoo.evaluation.tables import FLAGGED_SHARE, need_distinct, paired_differences

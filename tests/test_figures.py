@@ -13,14 +13,10 @@ from matplotlib.text import Text
 from torch import Tensor, nn
 
 from mmzoo import Modality
-from mmzoo.evaluation.figures import (
-    plot_history,
-    plot_latent_plane,
-    plot_likelihood_table,
-    plot_reconstructions,
-    plot_samples,
-    training_figure,
-)
+from mmzoo.evaluation.figures_likelihood import plot_likelihood_table
+from mmzoo.evaluation.figures_planes import plot_latent_plane
+from mmzoo.evaluation.figures_samples import plot_reconstructions, plot_samples
+from mmzoo.evaluation.figures_training import plot_history, training_figure
 from mmzoo.exact import LinearGaussianWorld
 from mmzoo.models import MODELS
 from mmzoo.vae import MultimodalVAE

@@ -14,7 +14,6 @@ from mmzoo.evaluation.arviz_checks import pit
 from mmzoo.evaluation.calibration import calibration_ecdf, simulation_based_calibration
 from mmzoo.evaluation.calibration import coverage as coverage_of
 from mmzoo.evaluation.datatree import to_datatree
-from mmzoo.evaluation.figures import _VERMILION
 from mmzoo.evaluation.figures_checks import (
     _simultaneous_band,
     plot_calibration,
@@ -27,6 +26,7 @@ from mmzoo.evaluation.figures_checks import (
     plot_weights,
 )
 from mmzoo.evaluation.figures_latents import plot_contraction
+from mmzoo.evaluation.figures_style import _VERMILION
 from mmzoo.evaluation.likelihood import likelihood_table
 from mmzoo.evaluation.pareto import pareto_k
 from mmzoo.evaluation.posterior import contraction

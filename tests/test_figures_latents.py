@@ -12,12 +12,13 @@ from test_figures import ROWS, check_texts, image_and_label, texts
 from torch import Tensor
 
 from mmzoo import Modality
-from mmzoo.evaluation.figures import plot_latent_plane, plot_reconstructions, plot_samples
 from mmzoo.evaluation.figures_latents import (
     plot_contraction,
     plot_cross_generation,
     plot_traversal,
 )
+from mmzoo.evaluation.figures_planes import plot_latent_plane
+from mmzoo.evaluation.figures_samples import plot_reconstructions, plot_samples
 from mmzoo.evaluation.pair import PyroPair
 from mmzoo.exact import LinearGaussianWorld
 from mmzoo.models import MODELS

@@ -430,7 +430,7 @@ def test_names_of_variables_of_rows():
 
 
 def test_forest_plot_of_differences_has_a_line_at_the_reference():
-    from mmzoo.evaluation.figures import plot_likelihood_table
+    from mmzoo.evaluation.figures_likelihood import plot_likelihood_table
 
     found = paired_differences(written(k=np.array([0, 1]).reshape(1, 2, 1)), reference="β|VAE")
     for ax, quantity in zip(plot_likelihood_table(found).axes, found["quantity"].values):
