@@ -8,14 +8,6 @@ from mmzoo.evaluation.checks import check_model, default_classifiers
 from mmzoo.evaluation.classifiers import train_classifier
 from mmzoo.evaluation.coherence import coherence, joint_coherence
 from mmzoo.evaluation.datatree import load_datatree, save_datatree, to_datatree
-from mmzoo.evaluation.figures import (
-    plot_history,
-    plot_latent_plane,
-    plot_likelihood_table,
-    plot_reconstructions,
-    plot_samples,
-    training_figure,
-)
 from mmzoo.evaluation.figures_checks import (
     plot_calibration,
     plot_coherence,
@@ -27,6 +19,10 @@ from mmzoo.evaluation.figures_checks import (
     plot_weights,
 )
 from mmzoo.evaluation.figures_latents import plot_contraction, plot_cross_generation, plot_traversal
+from mmzoo.evaluation.figures_likelihood import plot_likelihood_table
+from mmzoo.evaluation.figures_planes import plot_latent_plane
+from mmzoo.evaluation.figures_samples import plot_reconstructions, plot_samples
+from mmzoo.evaluation.figures_training import plot_history, training_figure
 from mmzoo.evaluation.generation import frechet_distance, reconstruction, ssim, torchvision_features
 from mmzoo.evaluation.information import information_table, synergy_table, two_proposal_table
 from mmzoo.evaluation.likelihood import (

@@ -1,7 +1,7 @@
 """Pictures of checks: weights, Pareto k, calibration, likelihood curves, coherence, differences.
 
-House style, colours and conventions are those of :mod:`mmzoo.evaluation.figures`: what is not to be
-relied on is hollow or crossed, and vermilion.
+House style, colours and conventions are those of :mod:`mmzoo.evaluation.figures_style`: what is not
+to be relied on is hollow or crossed, and vermilion.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ import numpy as np
 import xarray as xr
 from torch import Tensor
 
-from mmzoo.evaluation.figures import (
+from mmzoo.evaluation.figures_likelihood import _focus
+from mmzoo.evaluation.figures_style import (
     _BLUE,
     _GREY,
     _INK,
     _VERMILION,
-    FLAGGED_SHARE,
+    Style,
     _despine,
-    _focus,
     _new_figure,
     _palette,
     _style,
 )
 from mmzoo.evaluation.pareto import pareto_k
+from mmzoo.evaluation.tables import FLAGGED_SHARE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,9 +49,8 @@ _GOOD_K = 0.7
 _SIMULATIONS = 2000
 _MAX_POINTS = 200
 _MAX_LETTERS = 40  # of a line in a panel
+_LEGEND_LETTERS = 60  # of a line above a panel; a handle takes the room of six
 _BAND = "#D9D9D9"
-
-Style = dict[str, Any]
 
 
 # Weights ----------------------------------------------------------------------------------------
@@ -97,8 +97,9 @@ def plot_pareto_k(
 
     Args:
         k: Values over rows, or a dataset with `pareto_k`, such as a result of
-            :func:`mmzoo.evaluation.log_likelihood`. Rows without a finite value, such as those of
-            constant weights, are left out and counted.
+            :func:`mmzoo.evaluation.log_likelihood`. Rows of equal weights, the best case, whose k
+            is -inf, have no place on the axis but count as rows below 0.7; those without k are
+            left out. How many there are of either stands below.
         ax: Where to draw.
     """
     values = k["pareto_k"].values if isinstance(k, xr.Dataset) else np.asarray(k)
@@ -112,10 +113,13 @@ def plot_pareto_k(
         ax.scatter(place[~bad], finite[~bad], color=_BLUE, linewidths=0, **dots)
         ax.scatter(place[bad], finite[bad], color=_VERMILION, marker="x", linewidths=0.8, **dots)
         ax.axhline(_GOOD_K, color=_INK, linewidth=0.8, linestyle=(0, (4, 2)))
-        share = f"k > {_GOOD_K} in {_percent(bad.mean())} of rows" if len(finite) else "Pareto k"
+        equal = int(np.isneginf(values).sum())
+        known, without = len(finite) + equal, len(values) - len(finite) - equal
+        share = f"k > {_GOOD_K} in {_percent(bad.sum() / known)} of rows" if known else "Pareto k"
         ax.set_title(share)
-        left_out = len(values) - len(finite)
-        ax.set_xlabel("rows, sorted" + f" ({left_out} without k)" * bool(left_out))
+        counts = {"with equal weights": equal, "without k": without}
+        beside = ", ".join(f"{count} {words}" for words, count in counts.items() if count)
+        ax.set_xlabel("rows, sorted" + f" ({beside})" * bool(beside))
         ax.set_ylabel("Pareto k")
         top = max(1.0, float(finite.max()) + 0.1) if len(finite) else 1.0
         ax.set_ylim(min(0.0, float(finite.min()) - 0.1) if len(finite) else 0.0, top)
@@ -241,7 +245,8 @@ def plot_coverage(coverage: xr.Dataset, ax: Axes | None = None) -> Axes:
     errors = coverage["standard_error"].mean("latent")
     levels, subsets = coverage["level"].values, coverage["subset"].values
     with _style():
-        ax = _new_figure(3.6, 3.3).subplots() if ax is None else ax
+        # Two entries of the legend take a line.
+        ax = _new_figure(3.6, 3.1 + 0.1 * len(subsets)).subplots() if ax is None else ax
         ax.plot([0, 1], [0, 1], color=_GREY, linewidth=0.9, linestyle=(0, (4, 2)))
         markers = itertools.cycle("osD^vPX")
         shift = np.linspace(-0.008, 0.008, len(subsets)) if len(subsets) > 1 else [0.0]
@@ -262,7 +267,7 @@ def plot_coverage(coverage: xr.Dataset, ax: Axes | None = None) -> Axes:
         ax.set_ylim(start, 1)
         ax.set_xlabel("nominal coverage")
         ax.set_ylabel("observed coverage")
-        ax.legend(loc="upper left")
+        _legend_above(ax)
         _despine(ax)
     return ax
 
@@ -574,7 +579,8 @@ def _draw_difference(ax: Axes, cell: xr.Dataset, place: int, value: float, error
 
 def _legend_above(ax: Axes) -> None:
     """A legend that covers no data, however the curves run."""
-    columns = min(3, len(ax.get_legend_handles_labels()[1]))
+    labels = ax.get_legend_handles_labels()[1]
+    columns = max(1, min(3, len(labels), _LEGEND_LETTERS // (max(map(len, labels)) + 6)))
     place: Style = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": columns}
     ax.legend(fontsize=7.5, handlelength=1.6, columnspacing=1.2, **place)
 

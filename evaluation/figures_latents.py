@@ -1,6 +1,6 @@
 """Pictures of latents: what they change, what is generated from them, what modalities add to them.
 
-House style, colours and conventions are those of :mod:`mmzoo.evaluation.figures`.
+House style, colours and conventions are those of :mod:`mmzoo.evaluation.figures_style`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ from pyro import poutine
 from torch import Tensor
 
 from mmzoo.distributions import mean_or_probs
-from mmzoo.evaluation.figures import (
+from mmzoo.evaluation.figures_planes import _check_site
+from mmzoo.evaluation.figures_samples import (
+    Values,
     _check_names,
-    _check_site,
-    _despine,
     _draw_strips,
     _first_rows,
-    _new_figure,
-    _palette,
-    _style,
+    _rows_with,
     _values,
 )
+from mmzoo.evaluation.figures_style import Style, _despine, _new_figure, _palette, _style
 from mmzoo.evaluation.pair import Pair, draw_latents, quiet
 
 if TYPE_CHECKING:
@@ -36,9 +35,6 @@ __all__ = ["plot_contraction", "plot_cross_generation", "plot_traversal"]
 _PRIOR_DRAWS = 4000
 # Dimensions that a traversal shows unless told otherwise.
 _MAX_DIMS = 8
-
-Values = Mapping[str, Tensor]
-Style = dict[str, Any]
 
 
 def plot_traversal(
@@ -130,14 +126,16 @@ def plot_cross_generation(
         observed: Name to bool mask `(N,)`.
         given: The modalities that are given.
         show: Modalities that are generated; by default all others.
-        num_rows: Number of rows of x that are drawn, one a column of the figure.
+        num_rows: Number of rows of x that are drawn, one a column of the figure: the first ones
+            that have what is given.
         num_draws: Draws for each.
         class_names: Names of the classes of a modality, in the order of their indices.
         seed: Seed of the draws; the global random state is left as it was.
         ax: Where to draw.
 
     Raises:
-        ValueError: For an unknown name, or nothing to show.
+        ValueError: For an unknown name, nothing to show, or if no row has anything of what is
+            given.
     """
     given = [given] if isinstance(given, str) else list(given)
     _check_names(vae, given, "given")
@@ -149,7 +147,7 @@ def plot_cross_generation(
             f"plot_cross_generation: expected something given and something else to show, found "
             f"given={given} and show={show}"
         )
-    x, observed = _first_rows(vae, x, observed, num_rows)
+    x, observed = _rows_with(vae, x, observed, [given], num_rows)
     masks = {name: mask & (name in given) for name, mask in observed.items()}
     seen = torch.stack(list(masks.values())).any(0)
     with quiet(vae, seed):

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
-from mmzoo.evaluation.figures import FLAGGED_SHARE, plot_likelihood_table, training_figure
 from mmzoo.evaluation.figures_checks import plot_differences
+from mmzoo.evaluation.figures_likelihood import plot_likelihood_table
+from mmzoo.evaluation.figures_training import training_figure
 from mmzoo.evaluation.report_checks import check_sections
 from mmzoo.evaluation.report_parts import figure_html, folded, section
-from mmzoo.evaluation.tables import paired_differences
+from mmzoo.evaluation.tables import FLAGGED_SHARE, need_distinct, paired_differences
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -123,10 +124,12 @@ def write_report(
         lead: One sentence below the title.
 
     Raises:
-        ValueError: For a picture that is no PNG, or a table without means.
+        ValueError: For a picture that is missing or no PNG, a table without means, or two of its
+            models of one name.
     """
     sections = []
     if table is not None:
+        need_distinct(table, "write_report")
         sections.append(_likelihoods(table))
         if "log_prob" in table and table.sizes["model"] > 1:
             sections.append(_differences(table))

@@ -41,6 +41,11 @@ def figure_html(caption: str, figure: Figure | str | os.PathLike[str] | None) ->
 
 def _png(caption: str, figure: Figure | str | os.PathLike[str]) -> bytes:
     if isinstance(figure, str | os.PathLike):
+        if not Path(figure).is_file():
+            raise ValueError(
+                f"figure {caption!r}: expected a PNG file, found none at {str(figure)!r}; "
+                "save it with figure.savefig('name.png')"
+            )
         data = Path(figure).read_bytes()
         if not data.startswith(_PNG):
             raise ValueError(

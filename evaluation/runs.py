@@ -598,7 +598,8 @@ def write_summary(
     Returns:
         The table.
     """
-    from mmzoo.evaluation.figures import plot_likelihood_table, training_figure
+    from mmzoo.evaluation.figures_likelihood import plot_likelihood_table
+    from mmzoo.evaluation.figures_training import training_figure
     from mmzoo.evaluation.report import write_report
 
     folder = Path(folder)
@@ -662,8 +663,9 @@ def _lead(table: xr.Dataset, config: RunConfig) -> str:
 def _pictures(
     vae: MultimodalVAE, test: MultimodalDataset, seed: int
 ) -> Mapping[str, tuple[str, Figure]]:
-    from mmzoo.evaluation.figures import plot_latent_plane, plot_reconstructions, plot_samples
     from mmzoo.evaluation.figures_latents import plot_traversal
+    from mmzoo.evaluation.figures_planes import plot_latent_plane
+    from mmzoo.evaluation.figures_samples import plot_reconstructions, plot_samples
 
     x, observed = test.subset(range(min(len(test), _PICTURE_ROWS))).tensors()
     found: dict[str, tuple[str, Any]] = {

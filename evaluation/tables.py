@@ -34,6 +34,7 @@ __all__ = [
     "SIGNIFICANT",
     "UNRELIABLE",
     "aggregate_seeds",
+    "need_distinct",
     "paired_differences",
     "table_cells",
     "table_note",
@@ -166,7 +167,8 @@ def paired_differences(table: xr.Dataset, *, reference: str | None = None) -> xr
         where models share no row.
 
     Raises:
-        ValueError: For a table without values of the rows, or an unknown reference.
+        ValueError: For a table without values of the rows, an unknown reference, or two models of
+            one name.
 
     Example:
         >>> rows = {"log_prob": np.array([[[-3.0, -9.0, -6.0]], [[-2.9, -8.8, -6.0]]])}
@@ -178,6 +180,7 @@ def paired_differences(table: xr.Dataset, *, reference: str | None = None) -> xr
         ('new', [-0.1, 0.0])
     """
     _need_rows(table, "paired_differences")
+    need_distinct(table, "paired_differences")
     models = _labels(table, "model")
     if reference is not None and reference not in models:
         raise ValueError(
@@ -416,7 +419,11 @@ def table_cells(table: xr.Dataset) -> dict[str, dict[str, str]]:
 
     Args:
         table: A table of likelihoods, or the result of :func:`paired_differences`.
+
+    Raises:
+        ValueError: For two models or two quantities of one name.
     """
+    need_distinct(table, "table_cells")
     columns: dict[str, dict[str, str]] = {}
     write = _difference_cell if "difference" in table else _mean_cell
     for name, column in _columns(table):
@@ -451,7 +458,17 @@ def _mean_cell(cell: xr.Dataset, model: str) -> str:
     if np.isnan(mean):
         return _NOTHING
     text = f"{mean:.2f}" if np.isnan(error) else f"{mean:.2f} ± {error:.2f}"
+    if _lacks_seeds(cell):
+        text += f" ({int(cell['num_seeds'])} of {cell.attrs['num_seeds']} seeds)"
     return text + _mark(cell)
+
+
+def _lacks_seeds(table: xr.Dataset) -> bool:
+    """Whether any mean is that of some seeds only, since the others gave no answer."""
+    if "num_seeds" not in table:
+        return False
+    count = table["num_seeds"]
+    return bool(((count > 0) & (count < table.attrs["num_seeds"])).any())
 
 
 def _difference_cell(cell: xr.Dataset, model: str) -> str:
@@ -483,9 +500,10 @@ def table_note(table: xr.Dataset) -> str:
             f"{over}. *: more than {SIGNIFICANT:g} standard errors."
         )
     elif "num_seeds" in table:
+        fewer = ", or as many as a cell says," if _lacks_seeds(table) else ""
         note = (
-            f"Nats per row, mean over {attrs['num_seeds']} seeds ± standard error over seeds and "
-            f"{over}."
+            f"Nats per row, mean over {attrs['num_seeds']} seeds{fewer} ± standard error over "
+            f"seeds and {over}."
         )
     else:
         note = f"Nats per row, mean ± standard error over {over}"
@@ -570,7 +588,8 @@ def to_latex(table: xr.Dataset) -> str:
             rf"\textbf{{{_tex(cells[model])}}}" if bold.get(name) == model else _tex(cells[model])
             for name, cells in columns.items()
         ]
-        lines.append(" & ".join([_tex(model), *cells]) + r" \\")
+        guard = "{}" if model.startswith(("[", "*")) else ""  # not an argument of the line before
+        lines.append(" & ".join([guard + _tex(model), *cells]) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}", f"% {table_note(table)}"]
     if bold:
         lines.append(
@@ -602,6 +621,25 @@ def _tex(text: str) -> str:
 
 def _labels(table: xr.Dataset, dim: str) -> list[str]:
     return [str(label) for label in table[dim].values]
+
+
+def need_distinct(table: xr.Dataset, where: str) -> None:
+    """Raises unless every model, quantity and proposal has a name of its own.
+
+    Args:
+        table: A table of any kind of this module.
+        where: Who asks, for the message.
+
+    Raises:
+        ValueError: For two of one name: cells are found by name.
+    """
+    for dim in ("model", "quantity", "proposal"):
+        labels = _labels(table, dim) if dim in table.dims else []
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(
+                    f"{where}: expected each {dim} once, found {label!r} twice; rename one of them"
+                )
 
 
 def _need_rows(table: xr.Dataset, where: str) -> None:

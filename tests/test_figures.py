@@ -7,19 +7,16 @@ import torch
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from torch import Tensor, nn
 
 from mmzoo import Modality
-from mmzoo.evaluation.figures import (
-    plot_history,
-    plot_latent_plane,
-    plot_likelihood_table,
-    plot_reconstructions,
-    plot_samples,
-    training_figure,
-)
+from mmzoo.evaluation.figures_likelihood import plot_likelihood_table
+from mmzoo.evaluation.figures_planes import plot_latent_plane
+from mmzoo.evaluation.figures_samples import plot_reconstructions, plot_samples
+from mmzoo.evaluation.figures_training import plot_history, training_figure
 from mmzoo.exact import LinearGaussianWorld
 from mmzoo.models import MODELS
 from mmzoo.vae import MultimodalVAE
@@ -258,6 +255,30 @@ def test_continuous_labels_have_a_colour_bar() -> None:
     assert figure.axes[-1].get_ylabel() == "label"
 
 
+def test_rows_without_a_label_are_grey() -> None:
+    vae, x, classes = image_and_label()
+    labels = classes.double()
+    labels[3] = torch.nan
+    names = np.array(["ant", "bee", "cat"], dtype=object)[classes.numpy()]
+    names[3] = None
+    plain = plot_latent_plane(vae, x, classes).axes[0].collections[0].get_offsets()
+    for given, words in ((labels, ["0", "1", "2"]), (names, ["ant", "bee", "cat"])):
+        figure = plot_latent_plane(vae, x, given)
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == [*words, "no label"]
+        rest, known = figure.axes[0].collections
+        assert [to_hex(color) for color in rest.get_facecolors()] == ["#6e6e6e"]
+        np.testing.assert_array_equal(rest.get_offsets(), plain[[3]])
+        np.testing.assert_array_equal(known.get_offsets(), np.delete(plain, 3, axis=0))
+        check_texts(figure)
+    world = LinearGaussianWorld.random({"image": 5, "label": 3}, 2, seed=0, diagonal=True)
+    vae = MODELS["mvae"](world.modalities(encoder="exact"), latent_dim=2)
+    numbers = np.linspace(0, 1, 50)
+    numbers[0] = np.nan
+    rest, known = plot_latent_plane(vae, world.sample(50, seed=1), numbers).axes[0].collections
+    assert len(rest.get_offsets()) == 1
+    assert known.get_clim() == (numbers[1], 1)
+
+
 def test_forest_plot_shows_intervals_flags_and_absences() -> None:
     figure = plot_likelihood_table(table())
     joint, image = figure.axes
@@ -298,6 +319,14 @@ def test_errors() -> None:
         plot_latent_plane(vae, x, classes, subsets=[["sound"]])
     with pytest.raises(ValueError, match="labels: expected one for each of 12 rows, found 2"):
         plot_latent_plane(vae, x, [0, 1])
+    with pytest.raises(ValueError, match=r"labels: expected shape \(12,\), found \(12, 3\);"):
+        plot_latent_plane(vae, x, x["label"])
+    with pytest.raises(ValueError, match="class_names: unknown modality 'labels'.*image, label"):
+        plot_reconstructions(vae, x, class_names={"labels": ["ant", "bee", "cat"]})
+    with pytest.raises(ValueError, match="class_names 'label': expected 3 names, found 2; .*each"):
+        plot_samples(vae, 2, class_names={"label": ["ant", "bee"]})
+    with pytest.raises(ValueError, match="class_names 'image': expected a modality of classes"):
+        plot_samples(vae, 2, class_names={"image": ["ant", "bee"]})
     nothing = {"image": torch.zeros(ROWS, dtype=torch.bool)}
     with pytest.raises(ValueError, match="subsets: expected rows that have some of them"):
         plot_latent_plane(vae, x, classes, nothing, subsets=[["image"]])

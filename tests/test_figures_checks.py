@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from test_figures import check_texts, texts
@@ -13,7 +14,6 @@ from mmzoo.evaluation.arviz_checks import pit
 from mmzoo.evaluation.calibration import calibration_ecdf, simulation_based_calibration
 from mmzoo.evaluation.calibration import coverage as coverage_of
 from mmzoo.evaluation.datatree import to_datatree
-from mmzoo.evaluation.figures import _VERMILION
 from mmzoo.evaluation.figures_checks import (
     _simultaneous_band,
     plot_calibration,
@@ -26,6 +26,7 @@ from mmzoo.evaluation.figures_checks import (
     plot_weights,
 )
 from mmzoo.evaluation.figures_latents import plot_contraction
+from mmzoo.evaluation.figures_style import _VERMILION
 from mmzoo.evaluation.likelihood import likelihood_table
 from mmzoo.evaluation.pareto import pareto_k
 from mmzoo.evaluation.posterior import contraction
@@ -152,9 +153,12 @@ def test_weights_do_not_change_with_a_constant_or_the_container() -> None:
 def test_rows_without_a_tail_are_counted() -> None:
     k = xr.Dataset({"pareto_k": ("row", [0.1, -np.inf, 0.9, np.nan])})
     ax = plot_pareto_k(k, Figure().subplots())
-    assert ax.get_title() == "k > 0.7 in 50 % of rows"
-    assert ax.get_xlabel() == "rows, sorted (2 without k)"
+    assert ax.get_title() == "k > 0.7 in 33 % of rows"
+    assert ax.get_xlabel() == "rows, sorted (1 with equal weights, 1 without k)"
     assert plot_pareto_k(np.array([np.nan])).get_title() == "Pareto k"
+    equal = plot_pareto_k(np.full(5, -np.inf))
+    assert equal.get_title() == "k > 0.7 in 0 % of rows"
+    assert equal.get_xlabel() == "rows, sorted (5 with equal weights)"
 
 
 # Calibration ------------------------------------------------------------------------------------
@@ -223,6 +227,18 @@ def test_coverage_stands_against_the_diagonal() -> None:
     np.testing.assert_allclose(ax.containers[1][0].get_xdata(), [0.5, 0.9])
     low, high = ax.containers[1][2][0].get_segments()[0][:, 1]
     assert (low, high) == pytest.approx((0.45 - 0.0196, 0.45 + 0.0196))
+    check_texts(ax.figure)
+
+
+def test_coverage_of_many_subsets_has_a_legend_beside_the_curves() -> None:
+    names = ["img", "lab", "vec", "img+lab", "img+vec", "lab+vec", "img+lab+vec"]
+    ax = plot_coverage(coverage().isel(subset=[0, 1, 2, 0, 1, 2, 0]).assign_coords(subset=names))
+    FigureCanvasAgg(ax.figure).draw()
+    legend, panel = ax.get_legend().get_window_extent(), ax.get_window_extent()
+    assert not legend.padded(-1).overlaps(panel)
+    assert legend.x0 >= 0 and legend.x1 <= ax.figure.bbox.width
+    assert legend.y1 <= ax.figure.bbox.height
+    assert panel.height > 0.5 * ax.figure.bbox.height
     check_texts(ax.figure)
 
 

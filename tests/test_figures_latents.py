@@ -12,12 +12,13 @@ from test_figures import ROWS, check_texts, image_and_label, texts
 from torch import Tensor
 
 from mmzoo import Modality
-from mmzoo.evaluation.figures import plot_latent_plane, plot_reconstructions, plot_samples
 from mmzoo.evaluation.figures_latents import (
     plot_contraction,
     plot_cross_generation,
     plot_traversal,
 )
+from mmzoo.evaluation.figures_planes import plot_latent_plane
+from mmzoo.evaluation.figures_samples import plot_reconstructions, plot_samples
 from mmzoo.evaluation.pair import PyroPair
 from mmzoo.exact import LinearGaussianWorld
 from mmzoo.models import MODELS
@@ -116,7 +117,8 @@ def test_every_site_of_a_model_with_private_codes() -> None:
 
 def test_cross_generation_draws_several_answers() -> None:
     vae, x, classes = image_and_label()
-    observed = {"label": torch.arange(ROWS) != 1}
+    x = {name: value[:4] for name, value in x.items()}
+    observed = {"label": torch.arange(4) != 1}
     ax = plot_cross_generation(vae, x, observed, given="label", num_rows=4, num_draws=3)
     words = texts(ax)
     assert words[:5] == ["given label", "0", "–", "2", "0"]
@@ -127,9 +129,72 @@ def test_cross_generation_draws_several_answers() -> None:
     assert np.ptp(pictures, axis=0).max() > 0  # draws differ
     check_texts(ax.figure)
     both = plot_cross_generation(vae, x, given="image", show=["label", "image"], num_draws=2)
-    assert len(both.images) == 10 + 2 * 10
+    assert len(both.images) == 4 + 2 * 4
     again = plot_cross_generation(vae, x, observed, given="label", num_rows=4, num_draws=3)
     np.testing.assert_array_equal(again.images[0].get_array(), ax.images[0].get_array())
+
+
+def test_rows_that_have_what_is_given_are_picked_first() -> None:
+    vae, x, classes = image_and_label()
+    rare = (torch.arange(ROWS) == 5) | (torch.arange(ROWS) == 10)
+    options = {"given": "label", "num_draws": 1}
+    two = plot_cross_generation(vae, x, {"label": rare}, num_rows=2, **options)
+    assert texts(two)[:3] == ["given label", str(int(classes[5])), str(int(classes[10]))]
+    assert len(two.images) == 2
+    three = plot_cross_generation(vae, x, {"label": rare}, num_rows=3, **options)
+    assert texts(three)[1:4] == ["–", str(int(classes[5])), str(int(classes[10]))]
+    # All of what is given goes before a part of it.
+    both = plot_cross_generation(
+        vae, x, {"label": rare}, given=["image", "label"], show="image", num_rows=2, num_draws=1
+    )
+    np.testing.assert_array_equal(both.images[1].get_array(), x["image"][10, 0])
+    rows = plot_reconstructions(vae, x, {"image": rare}, given=["image"], num_rows=2)
+    np.testing.assert_array_equal(rows.images[0].get_array(), x["image"][5, 0])
+    assert len(rows.images) == 4
+
+
+def test_modalities_that_no_row_has_are_gaps_or_an_error() -> None:
+    vae, x, _ = image_and_label()
+    nothing = torch.zeros(ROWS, dtype=torch.bool)
+    label = {"label": x["label"]}
+    ax = plot_cross_generation(vae, label, given=["image", "label"], show="label", num_draws=1)
+    assert not ax.images
+    ax = plot_cross_generation(
+        vae, x, {"image": nothing}, given=["image", "label"], show="label", num_draws=1
+    )
+    assert len(ax.patches) == 10
+    message = "given: expected rows that have some of image, found none; check x and observed"
+    for values, masks in ((x, {"image": nothing}), (label, None)):
+        with pytest.raises(ValueError, match=message):
+            plot_cross_generation(vae, values, masks, given="image")
+        with pytest.raises(ValueError, match=message):
+            plot_reconstructions(vae, values, masks, given=["image"], show=["image"])
+
+
+def test_titles_over_several_pictures_have_a_line_of_their_own() -> None:
+    """They stand above the pictures of their strip, and below those of the strip before."""
+    modalities = [
+        Modality("img", (1, 8, 8), likelihood="bernoulli"),
+        Modality("lab", (4,), likelihood="one_hot_categorical"),
+        Modality("vec", (7,)),
+        Modality("volts", (1,)),
+    ]
+    x = {"img": torch.rand(4, 1, 8, 8).round(), "lab": torch.eye(4)}
+    x |= {"vec": torch.randn(4, 7), "volts": torch.randn(4, 1)}
+    vae = MODELS["mvae"](modalities, latent_dim=2)
+    for ax, titles in (
+        (plot_cross_generation(vae, x, given="lab", num_draws=2), 2),
+        (plot_cross_generation(vae, x, given=["img", "vec"], show="volts", num_draws=2), 1),
+        (plot_reconstructions(vae, x, show=["img", "vec"]), 6),
+        (plot_traversal(vae, num_values=3, show=["img", "vec"]), 2),
+    ):
+        check_texts(ax.figure)
+        bold = [text.get_window_extent() for text in ax.texts if text.get_weight() == "bold"]
+        assert len(bold) == titles
+        for cell in [*ax.images, *ax.patches]:
+            box = cell.get_window_extent()
+            for title in bold:
+                assert title.y0 >= box.y1 or title.y1 <= box.y0
 
 
 def test_contraction_as_map_and_bars() -> None:

@@ -174,6 +174,12 @@ def test_errors(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(ValueError, match="figure 'curves': expected a PNG file, found .*text.png"):
         write_report(tmp_path / "r.html", title="t", figures={"curves": tmp_path / "text.png"})
+    message = "figure 'curves': expected a PNG file, found none at .*gone.png"
+    with pytest.raises(ValueError, match=message):
+        write_report(tmp_path / "r.html", title="t", figures={"curves": tmp_path / "gone.png"})
+    twice = small_table().assign_coords(model=["MVAE", "MVAE"])
+    with pytest.raises(ValueError, match="write_report: .* each model once, found 'MVAE' twice"):
+        write_report(tmp_path / "r.html", title="t", table=twice)
     with pytest.raises(ValueError, match="table: expected the variables mean and standard_error"):
         write_report(tmp_path / "r.html", title="t", table=xr.Dataset())
     assert not (tmp_path / "r.html").exists()

@@ -253,6 +253,27 @@ def test_seed_without_an_answer_does_not_count():
     assert np.isnan(neither["mean"][1]) and neither.note.values.tolist() == ["", "cannot"]
 
 
+def test_cells_say_how_many_seeds_count():
+    note = np.array([["", "cannot"]], dtype=object)
+    first = make(np.full((1, 2, 3), [[-1.0], [np.nan]]), note=note)
+    second = make(np.full((1, 2, 3), -2.0))
+    found = aggregate_seeds([first, second])
+    assert table_cells(found) == {
+        "q0": {"m0": "-1.50 ± 0.50"},
+        "q1": {"m0": "-2.00 ± 0.00 (1 of 2 seeds)"},
+    }
+    assert "mean over 2 seeds, or as many as a cell says, ± standard error" in table_note(found)
+    for text in (to_markdown(found), to_latex(found)):
+        assert text.count("(1 of 2 seeds)") == 1
+    lines = list(csv.DictReader(io.StringIO(to_csv(found))))
+    assert [line["num_seeds"] for line in lines] == ["2", "1"]
+    # Seeds that all count, or of which none does, need no words.
+    for tables in ([second, second], [first, first]):
+        whole = aggregate_seeds(tables)
+        assert "of 2 seeds" not in to_markdown(whole)
+        assert "mean over 2 seeds ± standard error" in table_note(whole)
+
+
 def test_accuracies_are_averaged_over_seeds():
     tables = []
     for share in (0.5, 0.7):
@@ -348,6 +369,13 @@ def test_latex_is_escaped_and_has_one_cell_for_each_column():
     assert r"$-0" in to_latex(paired_differences(written())) and r"\%" in to_latex(written(k=1.0))
 
 
+def test_latex_does_not_read_a_name_as_an_argument():
+    r"""Brackets and a star after `\\` or a rule would be its argument, across the line's end."""
+    table = make([[[-1.0, -2.0]]] * 3, models=["[a]", "*b*", "[c]"])
+    lines = to_latex(table).splitlines()
+    assert [line.split(" & ")[0] for line in lines[4:7]] == ["{}[a]", "{}*b*", "{}[c]"]
+
+
 def test_only_a_significantly_best_model_is_bold():
     bold = re.findall(r"β\\textbar\{\}VAE & \\textbf\{", to_latex(written()))
     assert len(bold) == 1 and to_latex(written()).count(r"\textbf") == 1
@@ -384,6 +412,16 @@ def test_csv_is_read_back(tmp_path):
     assert {line["unreliable"] for line in lines} == {"False"}
 
 
+def test_models_of_one_name_are_refused():
+    """Cells are found by name: two lines would show the numbers of one."""
+    twice = make([[[-1.0, -2.0]], [[-3.0, -4.0]]], models=["a", "a"])
+    for write in (paired_differences, table_cells, to_latex):
+        with pytest.raises(ValueError, match="expected each model once, found 'a' twice; rename"):
+            write(twice)
+    with pytest.raises(ValueError, match="table_cells: expected each quantity once, found 'q'"):
+        table_cells(make([[[-1.0, -2.0], [-3.0, -4.0]]], quantities=["q", "q"]))
+
+
 def test_names_of_variables_of_rows():
     assert set(ROW_VARIABLES.values()) < set(written().data_vars)
 
@@ -392,7 +430,7 @@ def test_names_of_variables_of_rows():
 
 
 def test_forest_plot_of_differences_has_a_line_at_the_reference():
-    from mmzoo.evaluation.figures import plot_likelihood_table
+    from mmzoo.evaluation.figures_likelihood import plot_likelihood_table
 
     found = paired_differences(written(k=np.array([0, 1]).reshape(1, 2, 1)), reference="β|VAE")
     for ax, quantity in zip(plot_likelihood_table(found).axes, found["quantity"].values):
@@ -406,12 +444,6 @@ def test_forest_plot_of_differences_has_a_line_at_the_reference():
         assert (face == "white") == bool(cell.unreliable[0])
     plain = plot_likelihood_table(written()).axes[0]
     assert plain.get_xlabel() == "nats per row"
-
-
-def test_mark_is_the_same_everywhere():
-    from mmzoo.evaluation import figures, runs
-
-    assert FLAGGED_SHARE == figures.FLAGGED_SHARE == runs.FLAGGED_SHARE
 
 
 def test_a_probability_above_one_is_marked_and_never_the_best() -> None:
