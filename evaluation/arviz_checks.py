@@ -45,13 +45,12 @@ from torch import Tensor
 from mmzoo.batch import modality_names
 from mmzoo.evaluation.pair import Pair, device_of, quiet, row_masks, subset_name
 from mmzoo.evaluation.row_draws import draw_rows, predict_rows
+from mmzoo.evaluation.tables import UNRELIABLE
 
 if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["compare_models", "conditional_loo", "elpd_data", "pit"]
-
-_GOOD_K = 0.7
 
 
 # Comparison -------------------------------------------------------------------------------------
@@ -117,10 +116,10 @@ def elpd_data(result: xr.Dataset) -> Any:
         "se": float(np.sqrt(rows * np.var(values.values))),
         "n_samples": int(result.attrs.get("num_samples", 1)),
         "n_data_points": rows,
-        "warning": bool((k > _GOOD_K).any()),
+        "warning": bool((k > UNRELIABLE).any()),
         "pareto_k": k.rename("pareto_shape"),
         "scale": "log",
-        "good_k": _GOOD_K,
+        "good_k": UNRELIABLE,
     }
     total = float(values.sum())
     az = _arviz()
@@ -180,10 +179,10 @@ def conditional_loo(tree: xr.DataTree, of: str = "joint") -> xr.Dataset:
             found = az.loo(data, pointwise=True, var_name=of, reff=1.0)
         points = found.loo_i if _is_old(az) else found.elpd_i
         elpd[kept], k[kept] = np.asarray(points), np.asarray(found.pareto_k)
-    share = float((k[kept] > _GOOD_K).mean()) if kept.any() else 0.0
+    share = float((k[kept] > UNRELIABLE).mean()) if kept.any() else 0.0
     if share:
         warnings.warn(
-            f"conditional_loo: Pareto k exceeds {_GOOD_K} in {100 * share:.0f} % of the rows, "
+            f"conditional_loo: Pareto k exceeds {UNRELIABLE} in {100 * share:.0f} % of the rows, "
             "which are not to be relied on; compare models by compare_models instead",
             stacklevel=2,
         )

@@ -28,7 +28,7 @@ from mmzoo.evaluation.figures_style import (
     _style,
 )
 from mmzoo.evaluation.pareto import pareto_k
-from mmzoo.evaluation.tables import FLAGGED_SHARE
+from mmzoo.evaluation.tables import FLAGGED_SHARE, UNRELIABLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +45,6 @@ __all__ = [
     "plot_weights",
 ]
 
-_GOOD_K = 0.7
 _SIMULATIONS = 2000
 _MAX_POINTS = 200
 _MAX_LETTERS = 40  # of a line in a panel
@@ -105,17 +104,19 @@ def plot_pareto_k(
     values = k["pareto_k"].values if isinstance(k, xr.Dataset) else np.asarray(k)
     values = values.ravel()
     finite = np.sort(values[np.isfinite(values)])
-    bad = finite > _GOOD_K
+    bad = finite > UNRELIABLE
     with _style():
         ax = _new_figure(3.4, 2.9).subplots() if ax is None else ax
         place = np.arange(1, len(finite) + 1)
         dots: Style = {"s": 9, "rasterized": True}
         ax.scatter(place[~bad], finite[~bad], color=_BLUE, linewidths=0, **dots)
         ax.scatter(place[bad], finite[bad], color=_VERMILION, marker="x", linewidths=0.8, **dots)
-        ax.axhline(_GOOD_K, color=_INK, linewidth=0.8, linestyle=(0, (4, 2)))
+        ax.axhline(UNRELIABLE, color=_INK, linewidth=0.8, linestyle=(0, (4, 2)))
         equal = int(np.isneginf(values).sum())
         known, without = len(finite) + equal, len(values) - len(finite) - equal
-        share = f"k > {_GOOD_K} in {_percent(bad.sum() / known)} of rows" if known else "Pareto k"
+        share = (
+            f"k > {UNRELIABLE} in {_percent(bad.sum() / known)} of rows" if known else "Pareto k"
+        )
         ax.set_title(share)
         counts = {"with equal weights": equal, "without k": without}
         beside = ", ".join(f"{count} {words}" for words, count in counts.items() if count)
@@ -439,7 +440,7 @@ def _draw_likelihood_curve(ax: Axes, curve: xr.Dataset, title: str, color: Any, 
     share = np.zeros(len(numbers))
     if "pareto_k" in curve:
         k = curve["pareto_k"].transpose("num_samples", "row").values[:, kept]
-        share = (np.isnan(k) | (k > _GOOD_K)).mean(1)
+        share = (np.isnan(k) | (k > UNRELIABLE)).mean(1)
     sides = mean - 1.96 * error, mean + 1.96 * error
     ax.fill_between(numbers, *sides, color=color, alpha=0.25, linewidth=0)
     ax.plot(numbers, mean, color=color, linewidth=1.4, label=title or None)
@@ -574,7 +575,7 @@ def _draw_difference(ax: Axes, cell: xr.Dataset, place: int, value: float, error
     ax.errorbar(value, place, xerr=1.96 * error, color=color, **bar)
     if flagged:
         known = f" in {_percent(share)}" if share else ""
-        _beside(ax, (value, place), f"k > {_GOOD_K}{known}", color)
+        _beside(ax, (value, place), f"k > {UNRELIABLE}{known}", color)
 
 
 def _legend_above(ax: Axes) -> None:
