@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mmzoo.batch import check_batch
 from mmzoo.data import MultimodalDataset
 from mmzoo.inference.alignment import Wasserstein, alignment_terms
-from mmzoo.inference.objective import ObjectiveModule, recorded_terms
+from mmzoo.inference.objective import ObjectiveModule, recorded_terms, steps_ahead
 from mmzoo.seeding import seeded
 from mmzoo.vae import MultimodalVAE
 
@@ -93,7 +93,9 @@ def fit(
     Args:
         vae: The model; trained in place, on the device that Fabric chooses, and left in eval mode.
         train: The rows.
-        validation: Rows whose bound is watched; with ``patience`` the best weights are kept.
+        validation: Rows whose bound is watched; with ``patience`` the best weights are kept. The
+            objective's schedules (``LinearWarmup``) have the values of the last step of the last
+            epoch there, so that every epoch is judged by the same bound.
         guide: A Pyro guide over the same sites, in place of the model's own.
         objective: A Pyro ELBO or one of ours; default ``vae.objective()``.
         epochs: Passes over the rows.
@@ -232,7 +234,10 @@ class _Trainer:
                     )
                     break
                 if validation is not None:
-                    self._validate(validation, batch_size, record)
+                    # One bound for all epochs, or a warm-up would choose its own beginning.
+                    left = (epochs - epoch - 1) * steps
+                    with steps_ahead(self.module.elbo, left - 1):
+                        self._validate(validation, batch_size, record)
                 self._distance(train, batch_size, record)
                 means = record.means()
                 history.append(means)

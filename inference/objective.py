@@ -29,6 +29,7 @@ __all__ = [
     "owner",
     "recorded_terms",
     "scale_sites",
+    "steps_ahead",
     "trace_terms",
 ]
 
@@ -60,6 +61,27 @@ def at_step(schedule: Schedule, step: int, expected: str) -> float:
     if not value >= 0:
         raise ValueError(f"{expected} >= 0, found {value} at step {step}")
     return value
+
+
+@contextmanager
+def steps_ahead(elbo: ELBO, steps: int) -> Iterator[None]:
+    """Within it, schedules have the values of so many steps later, in nested objectives too."""
+    counted = [part for part in _parts(elbo) if isinstance(getattr(part, "step", None), int)]
+    before = [part.step for part in counted]
+    for part in counted:
+        part.step += steps
+    try:
+        yield
+    finally:
+        for part, step in zip(counted, before, strict=True):
+            part.step = step
+
+
+def _parts(elbo: Any) -> Iterator[Any]:
+    yield elbo
+    for part in vars(elbo).values():
+        if isinstance(part, ELBO):
+            yield from _parts(part)
 
 
 def owner(fn: Callable[..., Any]) -> nn.Module | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmzoo import Modality, MultimodalDataset
 from mmzoo.exact import LinearGaussianWorld
-from mmzoo.inference import ImportanceWeightedELBO, SubsetELBO, Wasserstein, fit
+from mmzoo.inference import ImportanceWeightedELBO, LinearWarmup, SubsetELBO, Wasserstein, fit
 from mmzoo.inference.alignment import alignment_terms
 from mmzoo.models import MODELS, VAE
 
@@ -206,6 +206,55 @@ def test_validation_is_the_bound_of_the_validation_rows():
     expected = objective.loss(vae.model, vae.guide, *data.tensors()) / 40
     close(result.history.validation_loss[-1].item(), expected)
     assert result.history.validation_loss[0] != result.history.validation_loss[1]
+
+
+@pytest.mark.parametrize("name", ["mvae", "telbo", "smvae", "mmvm"])
+def test_validation_has_the_weights_that_the_schedules_end_with(name):
+    """The last of 4 epochs of 4 steps ends with step 15; a last cycle must not begin anew."""
+    asked, vae = [], model(name)
+
+    def cycle(step: int) -> float:
+        if not vae.training:
+            asked.append(step)
+        return (step % 4 + 1) / 4
+
+    fit(
+        vae,
+        rows(),
+        validation=rows(seed=2),
+        objective=vae.objective(beta=cycle),
+        epochs=4,
+        batch_size=16,
+        **QUIET,
+    )
+    assert len(asked) >= 4
+    assert set(asked) == {15}
+
+
+def test_a_warm_up_does_not_choose_the_kept_weights():
+    """Without likelihoods, by a beta that grows, every epoch looks worse than the one before."""
+    zero, data = {"a": 0.0, "b": 0.0}, rows(40, seed=2)
+    vae, losses = model(), []
+    warm = SubsetELBO(beta=LinearWarmup(16, 0.1), modality_weights=zero, elbo=TraceMeanField_ELBO())
+    final = SubsetELBO(modality_weights=zero, elbo=TraceMeanField_ELBO())
+
+    def true_loss(epoch, means) -> None:
+        losses.append(final.loss(vae.model, vae.guide, *data.tensors()) / 40)
+
+    result = fit(
+        vae,
+        rows(),
+        validation=data,
+        objective=warm,
+        epochs=5,
+        batch_size=16,
+        patience=1,
+        on_epoch=true_loss,
+        **QUIET,
+    )
+    assert warm.step == 20  # training counts, watching does not
+    assert result.best_epoch == int(np.argmin(losses)) == 4
+    close(result.history.validation_loss.values, losses)
 
 
 def test_on_epoch_is_told_the_figures():
