@@ -117,7 +117,8 @@ def fit(
         The history, why the run ended, and which epoch's weights the model has.
 
     Raises:
-        ValueError: For data that do not fit the model, or a row with nothing observed.
+        ValueError: For data that do not fit the model, a row with nothing observed, or what Pyro's
+            validation finds on the first rows; none is done after them.
     """
     from lightning.fabric import Fabric
 
@@ -137,7 +138,8 @@ def fit(
     guide = vae.guide if guide is None else guide
     loss = _loss_module(vae, guide, objective)
     first_x, first_observed = train.batch(np.arange(min(len(train), 8)))
-    parameters = _parameters(loss, _to(first_x, fabric), _to(first_observed, fabric))
+    with pyro.validation_enabled(True):  # once, whatever the user has set
+        parameters = _parameters(loss, _to(first_x, fabric), _to(first_observed, fabric))
     made = optimizer or _adam
     optim = made(parameters, lr=learning_rate)
     module, optim = fabric.setup(loss, optim)

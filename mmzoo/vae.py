@@ -30,6 +30,7 @@ import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from pyro.distributions import TorchDistribution
+from pyro.distributions.util import is_validation_enabled
 from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
@@ -89,7 +90,7 @@ class Expert(nn.Module):
 
     Args:
         encoder: Network from a batch of one modality to features ``(rows, H)``, or to the pair
-            ``(loc, scale)`` itself.
+            ``(loc, scale)`` itself, with positive scales (looked at while Pyro validates).
         features: H, or None for an encoder that gives the pair itself.
         latent_dim: D.
     """
@@ -865,6 +866,9 @@ class MultimodalVAE(nn.Module):
                 f"modality {name!r}: expected {size} entries of loc and scale from its encoder, "
                 f"found {loc.shape[-1]}; give latent_dim entries, and then private_dim entries"
             )
+        network = networks[f"{name}_"]
+        if isinstance(network, Expert) and network.head is None and is_validation_enabled():
+            _check_scale(name, scale)
         if index is None:
             return loc, scale
         return blank.index_copy(0, index, loc), (blank + 1.0).index_copy(0, index, scale)
@@ -939,6 +943,15 @@ def _private_dims(
                 "it without a private code"
             )
     return {name: private_dim.get(name, 0) for name in modalities}
+
+
+def _check_scale(name: str, scale: Tensor) -> None:
+    """Rejects what is no scale, such as the logarithm of a variance."""
+    if bool((scale <= 0).any()):
+        raise ValueError(
+            f"modality {name!r}: expected positive scales from its encoder, found "
+            f"{scale.min().item():g}; return softplus(raw) or (0.5 * logvar).exp() in its place"
+        )
 
 
 def _sample(q: TorchDistribution) -> Tensor:

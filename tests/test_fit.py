@@ -330,6 +330,33 @@ def test_clipping_bounds_the_step():
     assert step(norm * 5)[0] == free
 
 
+class LogVariance(nn.Module):
+    """What many write: a mean, and the logarithm of a variance in place of a scale."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, 4)
+
+    def forward(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        return self.linear(value).chunk(2, -1)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("name", ["vae", "mvae", "mmvae", "mwvae", "jmvae"])
+def test_scales_that_are_none_are_refused_before_training(name, enabled):
+    vae = MODELS[name](
+        [
+            Modality("a", (4,), encoder=LogVariance(4)),
+            Modality("b", (3,), "one_hot_categorical"),
+        ][: MODELS[name].max_modalities],
+        latent_dim=2,
+    )
+    data = MultimodalDataset({key: rows().tensors()[0][key] for key in vae.modalities})
+    message = r"^modality 'a': expected positive scales from its encoder, found -\d.*softplus"
+    with pyro.validation_enabled(enabled), pytest.raises(ValueError, match=message):
+        fit(vae, data, epochs=1, **QUIET)
+
+
 # Stopping ---------------------------------------------------------------------------------------
 
 
