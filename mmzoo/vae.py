@@ -507,6 +507,9 @@ class MultimodalVAE(nn.Module):
             name: The modality.
             z: Latents ``(*, D)``, and what else the decoder is given beside private codes.
             w: Private codes ``(*, P)``; None: drawn from their prior, if the modality has one.
+
+        Raises:
+            ValueError: For a decoder or a likelihood that does not give one density for each z.
         """
         lead = z.shape[:-1]
         if size := self.private_dims[name]:
@@ -523,9 +526,19 @@ class MultimodalVAE(nn.Module):
             out = out.reshape(*lead, *out.shape[1:])
         else:
             out = tuple(part.reshape(*lead, *part.shape[1:]) for part in out)
-        return self.generative.likelihoods[f"{name}_"](
-            out, self.modalities[name].event_shape, where=f"modality {name!r}"
-        )
+        likelihood: Any = self.generative.likelihoods[f"{name}_"]
+        shape = self.modalities[name].event_shape
+        p = likelihood(out, shape, where=f"modality {name!r}")
+        if p.batch_shape != lead:  # it would broadcast against the rows, to another sum
+            found = [tuple(out.shape)] if isinstance(out, Tensor) else [tuple(o.shape) for o in out]
+            expected = [(*lead, *each) for each in likelihood.param_shapes(shape).values()]
+            raise ValueError(
+                f"modality {name!r}: expected a density of batch shape {tuple(lead)} from its "
+                f"decoder and likelihood, found {tuple(p.batch_shape)}; the decoder gave "
+                f"{_listed(found)}, let it give {_listed(expected)} (nn.Flatten(0) last, for one "
+                "number), and the likelihood one density for each row"
+            )
+        return p
 
     def with_prior(self, prior: PriorSpec) -> Self:
         """A copy of the model with a fresh prior of another kind, everything else as it is.
@@ -943,6 +956,10 @@ def _private_dims(
                 "it without a private code"
             )
     return {name: private_dim.get(name, 0) for name in modalities}
+
+
+def _listed(shapes: Sequence[tuple[int, ...]]) -> str:
+    return ", ".join(map(str, shapes))
 
 
 def _check_scale(name: str, scale: Tensor) -> None:
