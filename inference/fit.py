@@ -110,7 +110,8 @@ def fit(
         progress: Whether to show a progress bar with the running bound.
         accelerator: As Fabric takes it: ``"auto"``, ``"cpu"``, ``"cuda"``, …
         devices: As Fabric takes it.
-        precision: As Fabric takes it.
+        precision: As Fabric takes it. Mixed precision is for encoders and decoders: data, densities
+            and the bound keep that of the parameters.
         on_epoch: Called after each epoch with its number and its figures.
 
     Returns:
@@ -139,7 +140,7 @@ def fit(
     loss = _loss_module(vae, guide, objective)
     first_x, first_observed = train.batch(np.arange(min(len(train), 8)))
     with pyro.validation_enabled(True):  # once, whatever the user has set
-        parameters = _parameters(loss, _to(first_x, fabric), _to(first_observed, fabric))
+        parameters = _parameters(loss, _Rows(first_x, first_observed, fabric))
     made = optimizer or _adam
     optim = made(parameters, lr=learning_rate)
     module, optim = fabric.setup(loss, optim)
@@ -169,15 +170,30 @@ def _adam(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=lr, fused=True)
 
 
-def _loss_module(vae: MultimodalVAE, guide: Any, objective: ELBO | None) -> ObjectiveModule:
+class _Rows:
+    """A batch on its device. No collection, in which Fabric would round x to a mixed precision."""
+
+    def __init__(self, x: dict[str, Tensor], observed: dict[str, Tensor], fabric: Any) -> None:
+        self.x = {name: value.to(fabric.device) for name, value in x.items()}
+        self.observed = {name: mask.to(fabric.device) for name, mask in observed.items()}
+
+
+class _Loss(ObjectiveModule):
+    """The loss of a batch, summed over rows."""
+
+    def forward(self, rows: _Rows) -> Tensor:
+        return super().forward(rows.x, rows.observed)
+
+
+def _loss_module(vae: MultimodalVAE, guide: Any, objective: ELBO | None) -> _Loss:
     objective = vae.objective() if objective is None else objective
-    return ObjectiveModule(vae.model, guide, objective)
+    return _Loss(vae.model, guide, objective)
 
 
-def _parameters(loss: nn.Module, x: Any, observed: Any) -> list[nn.Parameter]:
+def _parameters(loss: _Loss, rows: _Rows) -> list[nn.Parameter]:
     """Trainable parameters of the networks, and those that a guide of the user's registers."""
     with torch.random.fork_rng(), torch.no_grad(), poutine.trace(param_only=True) as capture:
-        loss(x, observed)
+        loss(rows)
     found = {id(p): p for p in loss.parameters() if p.requires_grad}
     for site in capture.trace.nodes.values():
         if site["type"] == "param":
@@ -189,10 +205,6 @@ def _parameters(loss: nn.Module, x: Any, observed: Any) -> list[nn.Parameter]:
             "unfreeze the model or the guide"
         )
     return list(found.values())
-
-
-def _to(tensors: dict[str, Tensor], fabric: Any) -> dict[str, Tensor]:
-    return {name: value.to(fabric.device) for name, value in tensors.items()}
 
 
 @dataclass
@@ -265,10 +277,9 @@ class _Trainer:
         record, start = _Record(), time.perf_counter()
         order = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         for x, observed in rows.batches(batch_size, shuffle=True, generator=order):
-            x, observed = _to(x, self.fabric), _to(observed, self.fabric)
             num = len(next(iter(x.values())))
             with recorded_terms(self.module.elbo) as terms:
-                loss = self.module(x, observed) / num
+                loss = self.module(_Rows(x, observed, self.fabric)) / num
             value = float(loss.detach())
             if not math.isfinite(value):
                 return None
@@ -312,7 +323,7 @@ class _Trainer:
         with seeded(0):
             for x, observed in rows.batches(max(batch_size, 512), shuffle=False):
                 num = len(next(iter(x.values())))
-                loss = self.module(_to(x, self.fabric), _to(observed, self.fabric))
+                loss = self.module(_Rows(x, observed, self.fabric))
                 record.add("validation_loss", "", float(loss), num)
 
     @torch.no_grad()
@@ -321,9 +332,8 @@ class _Trainer:
         if len(self.vae.modalities) < 2 or not self.vae.has_diagonal_experts:
             return
         self.vae.eval()
-        x, observed = rows.batch(np.arange(min(len(rows), 1024)))
-        x, observed = _to(x, self.fabric), _to(observed, self.fabric)
-        distance = alignment_terms(self.vae, x, observed, Wasserstein())
+        first = _Rows(*rows.batch(np.arange(min(len(rows), 1024))), self.fabric)
+        distance = alignment_terms(self.vae, first.x, first.observed, Wasserstein())
         record.add("wasserstein", "", distance.sum(), distance.numel())
 
     def _state(self) -> list[Tensor]:

@@ -113,6 +113,7 @@ class ObjectiveModule(ELBOModule):
             for module in self.owners:
                 if isinstance(module, MultimodalVAE):
                     stack.enter_context(module.unregistered())
+                    stack.enter_context(module.mixed_networks())
             return self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
 
 

@@ -21,7 +21,7 @@ import itertools
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -206,6 +206,7 @@ class MultimodalVAE(nn.Module):
     families: ClassVar[tuple[str, ...]] = ("normal",)
     #: Names of modalities that every row must have, since the model is conditional on them.
     always_given: tuple[str, ...] = ()
+    _mixed: torch.dtype | None = None
 
     def __init__(
         self,
@@ -521,11 +522,12 @@ class MultimodalVAE(nn.Module):
                 )
             lead = torch.broadcast_shapes(lead, w.shape[:-1])
             z = torch.cat([z.expand(*lead, z.shape[-1]), w.expand(*lead, size)], -1)
-        out = self.generative.decoders[f"{name}_"](z.reshape(-1, z.shape[-1]))
+        with self._networks():
+            out = self.generative.decoders[f"{name}_"](z.reshape(-1, z.shape[-1]))
         if isinstance(out, Tensor):
-            out = out.reshape(*lead, *out.shape[1:])
+            out = self._full(out.reshape(*lead, *out.shape[1:]))
         else:
-            out = tuple(part.reshape(*lead, *part.shape[1:]) for part in out)
+            out = tuple(self._full(part.reshape(*lead, *part.shape[1:])) for part in out)
         likelihood: Any = self.generative.likelihoods[f"{name}_"]
         shape = self.modalities[name].event_shape
         p = likelihood(out, shape, where=f"modality {name!r}")
@@ -639,6 +641,20 @@ class MultimodalVAE(nn.Module):
             yield
         finally:
             self._registers = before
+
+    @contextmanager
+    def mixed_networks(self) -> Iterator[None]:
+        """Within it, autocast is for encoders and decoders, and for nothing between or behind."""
+        device = self.generative.prior_loc.device.type
+        if not torch.is_autocast_enabled(device):
+            yield
+            return
+        before, self._mixed = self._mixed, torch.get_autocast_dtype(device)
+        try:
+            with torch.autocast(device, enabled=False):
+                yield
+        finally:
+            self._mixed = before
 
     # Saving -------------------------------------------------------------------------------------
 
@@ -787,6 +803,15 @@ class MultimodalVAE(nn.Module):
         """What the decoders are given: latents ``(*, N, D)``, and whatever stands beside them."""
         return z
 
+    def _networks(self) -> AbstractContextManager[Any]:
+        if self._mixed is None:
+            return nullcontext()
+        return torch.autocast(self.generative.prior_loc.device.type, dtype=self._mixed)
+
+    def _full(self, out: Tensor) -> Tensor:
+        """What a network gave, in the model's precision: densities in another are on a grid."""
+        return out.to(self.generative.prior_loc.dtype)
+
     def _expert_of(
         self, name: str, value: Tensor, batch: Batch, index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -870,10 +895,12 @@ class MultimodalVAE(nn.Module):
         if mask is not None and not bool(mask.all()):
             index = mask.nonzero().squeeze(-1)
         seen = value if index is None else value[index]
-        if networks is self.experts:
-            loc, scale = self._expert_of(name, seen, batch, index)
-        else:
-            loc, scale = networks[f"{name}_"](seen)
+        with self._networks():
+            if networks is self.experts:
+                loc, scale = self._expert_of(name, seen, batch, index)
+            else:
+                loc, scale = networks[f"{name}_"](seen)
+        loc, scale = self._full(loc), self._full(scale)
         if loc.shape[-1] != size:
             raise ValueError(
                 f"modality {name!r}: expected {size} entries of loc and scale from its encoder, "

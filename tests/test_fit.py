@@ -544,6 +544,52 @@ def test_frozen_parameters_stay():
     assert not equal(weights(vae.experts), experts)
 
 
+# Precision -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mvae", "mmvae", "jmvae", "jnf", "nexus", "cvae", "dmvae"])
+def test_mixed_precision_is_for_encoders_and_decoders_alone(name):
+    """In a density, 8 bits are a grid of whole nats; in values of 1000.5, one of units."""
+    torch.set_default_dtype(torch.float32)
+    vae, seen, networks = model(name), [], []
+    data, _ = rows().tensors()
+    x = {"a": data["a"].float() + 1000.5, "b": data["b"].float()}
+
+    class Watched(Trace_ELBO):
+        def _get_trace(self, *args):
+            traces = super()._get_trace(*args)
+            assert not torch.is_autocast_enabled("cpu")
+            for site in (each.nodes[key] for each in traces for key in each.nodes):
+                if site["type"] == "sample" and "log_prob" in site and site["name"] != "data":
+                    seen.extend([site["value"].dtype, site["log_prob"].dtype])
+            # The observed rows, whatever their order, are those that were given.
+            values = traces[0].nodes["a"]["value"]
+            assert torch.isin(values, x["a"]).all()
+            return traces
+
+    def watch(module, inputs, output):
+        if torch.is_grad_enabled():
+            networks.append(torch.is_autocast_enabled("cpu"))
+
+    for network in (vae.experts["a_"].encoder, vae.generative.decoders["a_"]):
+        network.register_forward_hook(watch)
+    options = {"objective": Watched(), "epochs": 1, "precision": "bf16-mixed"}
+    fit(vae, MultimodalDataset(x), **options, **QUIET)
+    assert set(seen) == {torch.float32}
+    assert networks
+    assert all(networks)
+
+
+@pytest.mark.parametrize("name", ["mvae", "jmvae"])
+def test_densities_under_an_autocast_of_the_users_are_no_coarser(name):
+    torch.set_default_dtype(torch.float32)
+    vae, (x, _) = model(name), rows().tensors()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert vae.posterior(x).base_dist.scale.dtype == torch.float32
+        assert all(p.mean.dtype == torch.float32 for p in vae.decode(torch.zeros(3, 2)).values())
+        assert vae.objective().loss(vae.model, vae.guide, x) > 0  # and one-hot labels add up
+
+
 # Data ----------------------------------------------------------------------------------------
 
 
