@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot, softplus
 
 from mmzoo import Modality
+from mmzoo.inference import SubsetELBO
 from mmzoo.likelihoods import (
     LIKELIHOODS,
     SCALE_FLOOR,
@@ -31,7 +32,7 @@ from mmzoo.likelihoods import (
     as_likelihood,
     likelihood_from_config,
 )
-from mmzoo.models import VAE
+from mmzoo.models import MVAE, VAE
 
 # Round-off of a handful of float64 operations on numbers of size one to a hundred.
 ROUND_OFF = {"rtol": 1e-12, "atol": 1e-13}
@@ -591,6 +592,24 @@ def test_more_than_a_density_for_each_row_is_refused(
     message = f"^modality 'y': expected a density of batch shape {message}"
     with pyro.validation_enabled(enabled), pytest.raises(ValueError, match=message):
         Trace_ELBO().loss(vae.model, vae.guide, x)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_nobody_has_a_modality_of_a_density_of_ones_own(enabled):
+    """Torch's densities and checks of several dimensions fail for zero rows."""
+
+    def joint(loc: Tensor) -> dist.MultivariateNormal:
+        return dist.MultivariateNormal(loc, scale_tril=loc.exp().diag_embed())
+
+    vae = MVAE([Modality("a", (3,)), Modality("own", (4,), joint)], 2)
+    x = {"a": torch.randn(6, 3), "own": torch.randn(6, 4)}
+    losses = []
+    with pyro.validation_enabled(enabled):
+        for values in (x, {"a": x["a"]}):
+            observed = {"own": torch.zeros(6, dtype=torch.bool)} if "own" in values else None
+            pyro.set_rng_seed(1)
+            losses.append(SubsetELBO("all").loss(vae.model, vae.guide, values, observed))
+    assert losses[0] == losses[1]
 
 
 def test_one_number_for_each_row():
