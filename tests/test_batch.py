@@ -3,6 +3,7 @@
 import pyro
 import pytest
 import torch
+from pyro.infer import JitTrace_ELBO
 from zoo import batch, case, masks, modalities
 
 from mmzoo import Modality, MultimodalVAE
@@ -368,3 +369,15 @@ def test_model_that_says_nothing():
         vae.posterior({"vector": torch.zeros(2, 3)})
     with pytest.raises(NotImplementedError, match="^Bare names no objective$"):
         vae.objective()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:FutureWarning")
+def test_a_compiled_loss_cannot_keep_masks():
+    vae = MVAE([Modality("a", (3,)), Modality("b", (2,))], 2)
+    x = {"a": torch.randn(6, 3), "b": torch.randn(6, 2)}
+    elbo = JitTrace_ELBO(ignore_jit_warnings=True)
+    message = "^observed: expected no masks while torch.jit traces, found those of b; .*Trace_ELBO"
+    with pytest.raises(ValueError, match=message):
+        elbo.differentiable_loss(vae.model, vae.guide, x, {"b": torch.arange(6) < 3})
+    elbo = JitTrace_ELBO(ignore_jit_warnings=True)
+    assert torch.isfinite(elbo.differentiable_loss(vae.model, vae.guide, x))
