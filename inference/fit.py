@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from mmzoo.batch import check_batch
 from mmzoo.data import MultimodalDataset
 from mmzoo.inference.alignment import Wasserstein, alignment_terms
-from mmzoo.inference.objective import ObjectiveModule, recorded_terms, steps_ahead
+from mmzoo.inference.objective import ObjectiveModule, owner, recorded_terms, steps_ahead
+from mmzoo.inference.subset import SubsetELBO
 from mmzoo.seeding import seeded
 from mmzoo.vae import MultimodalVAE
 
@@ -97,7 +98,8 @@ def fit(
             objective's schedules (``LinearWarmup``) have the values of the last step of the last
             epoch there, so that every epoch is judged by the same bound.
         guide: A Pyro guide over the same sites, in place of the model's own.
-        objective: A Pyro ELBO or one of ours; default ``vae.objective()``.
+        objective: A Pyro ELBO or one of ours; default ``vae.objective()``, which visits subsets one
+            by one for a guide of yours, so that masks are ``(N,)``.
         epochs: Passes over the rows.
         batch_size: Rows for each step.
         learning_rate: Of the default optimiser, Adam.
@@ -186,7 +188,10 @@ class _Loss(ObjectiveModule):
 
 
 def _loss_module(vae: MultimodalVAE, guide: Any, objective: ELBO | None) -> _Loss:
-    objective = vae.objective() if objective is None else objective
+    if objective is None:
+        objective = vae.objective()
+        if isinstance(objective, SubsetELBO) and owner(guide) is not vae:
+            objective.vectorized = False
     return _Loss(vae.model, guide, objective)
 
 

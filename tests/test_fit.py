@@ -527,6 +527,20 @@ def test_a_users_guide_trains(style, objective):
         assert all(moved)
 
 
+@pytest.mark.parametrize("name", ["mvae", "mopoe", "mwvae", "jmvae"])
+def test_a_users_guide_need_not_know_plates(name):
+    network, shapes = Network(), set()
+
+    def guide(x, observed):
+        shapes.update(mask.shape for mask in observed.values())
+        values = torch.where(observed["a"].unsqueeze(-1), x["a"], 0.0)
+        pyro.module("network", network)
+        amortised(network, {"a": values})
+
+    fit(model(name), rows(missing=True), guide=guide, epochs=1, batch_size=64, **QUIET)
+    assert shapes == {(8,), (64,)}  # the look at the first rows, and the epoch
+
+
 def test_the_weights_of_a_users_guide_are_restored_too():
     vae, network = model(), Network()
     before = weights(network)
