@@ -273,7 +273,11 @@ class _Trainer:
         if patience is not None and stopped == "epochs":
             self._restore(good)
         self.vae.eval()
-        return FitResult(_history(history, list(self.vae.modalities)), stopped, best_epoch)
+        always = [("loss", ""), ("gradient_norm", ""), ("learning_rate", ""), ("seconds", "")]
+        if validation is not None:
+            always.insert(1, ("validation_loss", ""))
+        found = _history(history, list(self.vae.modalities), always)
+        return FitResult(found, stopped, best_epoch)
 
     def _epoch(
         self, rows: MultimodalDataset, batch_size: int, seed: int, epoch: int, bar: Any
@@ -285,6 +289,11 @@ class _Trainer:
             num = len(next(iter(x.values())))
             with recorded_terms(self.module.elbo) as terms:
                 loss = self.module(_Rows(x, observed, self.fabric)) / num
+            if not loss.requires_grad:
+                raise ValueError(
+                    "fit: expected a loss that depends on what is trained, found a constant; give "
+                    f"data that {self.vae.title} scores, not only {', '.join(x)}"
+                )
             value = float(loss.detach())
             if not math.isfinite(value):
                 return None
@@ -395,10 +404,12 @@ class _bar:
             self.progress.stop()
 
 
-def _history(rows: list[dict[tuple[str, str], float]], names: list[str]) -> xr.Dataset:
+def _history(
+    rows: list[dict[tuple[str, str], float]], names: list[str], always: list[tuple[str, str]]
+) -> xr.Dataset:
     """One variable for each figure; modalities, latents and alignment terms are dimensions."""
     dims = {"log_likelihood": "modality", "kl": "latent", "alignment": "term"}
-    keys = list(dict.fromkeys(key for row in rows for key in row))
+    keys = list(dict.fromkeys(key for row in rows for key in row)) or always
     epochs = np.arange(len(rows))
     found: dict[str, Any] = {}
     for kind in dict.fromkeys(kind for kind, _ in keys):
@@ -406,6 +417,7 @@ def _history(rows: list[dict[tuple[str, str], float]], names: list[str]) -> xr.D
         if kind == "log_likelihood":
             members = [name for name in names if name in members]
         values = np.array([[row.get((kind, name), np.nan) for name in members] for row in rows])
+        values = values.reshape(len(rows), len(members))  # also without any epoch
         if kind in dims:
             found[kind] = xr.DataArray(
                 values, dims=("epoch", dims[kind]), coords={"epoch": epochs, dims[kind]: members}

@@ -435,7 +435,8 @@ def test_a_diverging_run_keeps_its_last_good_weights(good_epochs):
         )
     assert result.stopped == "diverged"
     assert result.best_epoch == good_epochs - 1
-    assert result.history.sizes.get("epoch", 0) == good_epochs
+    for name in ("loss", "gradient_norm", "learning_rate", "seconds"):
+        assert result.history[name].shape == (good_epochs,)
     assert len(seen) == good_epochs + 1
     assert equal(weights(vae), seen[-1])
 
@@ -772,3 +773,11 @@ def test_an_objective_without_anything_to_train_is_refused():
     vae.requires_grad_(False)
     with pytest.raises(ValueError, match="fit: expected something to train, found no parameter"):
         fit(vae, rows(), **QUIET)
+
+
+def test_data_that_hold_the_condition_alone_are_refused():
+    vae = model("cvae")
+    data = MultimodalDataset({"b": rows().tensors()[0]["b"]})
+    message = "^fit: expected a loss that depends on .*data that CVAE scores, not only b"
+    with pytest.raises(ValueError, match=message):
+        fit(vae, data, epochs=1, **QUIET)
