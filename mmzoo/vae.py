@@ -22,6 +22,7 @@ import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -224,6 +225,12 @@ class MultimodalVAE(nn.Module):
         super().__init__()
         _check_options(type(self), options)
         self.modalities = modalities_by_name(modalities, type(self))
+        latent_dim, private_dim = _plain(latent_dim), _plain(private_dim)
+        if type(latent_dim) is not int:
+            raise ValueError(
+                f"latent_dim: expected an integer, found {latent_dim!r}; give a whole number of "
+                "dimensions"
+            )
         if latent_dim < 1:
             raise ValueError(f"latent_dim: expected at least 1, found {latent_dim}")
         _check_family(type(self), family)
@@ -243,7 +250,7 @@ class MultimodalVAE(nn.Module):
         if prior is not None:
             options["prior"] = prior_config(prior)
         taken = self.option_names()
-        self.options = {key: value for key, value in options.items() if key in taken}
+        self.options = {key: _plain(value) for key, value in options.items() if key in taken}
         # A suffix: nn.ModuleDict refuses names such as "keys" or "type".
         self.experts = nn.ModuleDict()
         self.private_experts = nn.ModuleDict()
@@ -548,11 +555,7 @@ class MultimodalVAE(nn.Module):
         Raises:
             ValueError: For a model that takes no other prior.
         """
-        if "prior" not in self.option_names():
-            raise ValueError(
-                f"{self.title}: expected a model that takes prior=…, found one whose prior is part "
-                f"of it; its options: {', '.join(sorted(self.option_names())) or 'none'}"
-            )
+        _check_takes_prior(type(self))
         other = copy.deepcopy(self)
         other.options = {**self.options, "prior": prior_config(prior)}
         other._set_prior(prior, learned=False)
@@ -699,7 +702,8 @@ class MultimodalVAE(nn.Module):
             prior: The prior, needed where it is one of your own.
 
         Raises:
-            ValueError: For a missing, corrupt or foreign checkpoint.
+            ValueError: For a missing, corrupt or foreign checkpoint, or a model that takes no other
+                prior.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -710,6 +714,8 @@ class MultimodalVAE(nn.Module):
                 f"checkpoint {directory}: expected a {cls.name!r} model, found "
                 f"{config['model']!r}; load it with mmzoo.models.MODELS[{config['model']!r}]"
             )
+        if prior is not None:
+            _check_takes_prior(cls)
         try:
             if modalities is None:
                 modalities = [Modality.from_config(each) for each in config["modalities"]]
@@ -985,6 +991,13 @@ def _private_dims(
     return {name: private_dim.get(name, 0) for name in modalities}
 
 
+def _plain(value: Any) -> Any:
+    """Integers of numpy as Python's, which JSON knows, in dicts too."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+
+
 def _listed(shapes: Sequence[tuple[int, ...]]) -> str:
     return ", ".join(map(str, shapes))
 
@@ -1058,6 +1071,14 @@ def _check_options(cls: type[MultimodalVAE], options: Mapping[str, Any]) -> None
     if unknown := sorted(set(options) - known):
         names = ", ".join(sorted(cls.option_names())) or "none"
         raise TypeError(f"{cls.title}: unknown option {unknown[0]!r}; its options: {names}")
+
+
+def _check_takes_prior(cls: type[MultimodalVAE]) -> None:
+    if "prior" not in cls.option_names():
+        raise ValueError(
+            f"{cls.title}: expected a model that takes prior=…, found one whose prior is part of "
+            f"it; its options: {', '.join(sorted(cls.option_names())) or 'none'}"
+        )
 
 
 def _check_family(cls: type[MultimodalVAE], family: str) -> None:

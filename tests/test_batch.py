@@ -1,5 +1,6 @@
 """Bad input: every message of the one entry of batches, and of building a model."""
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -9,7 +10,7 @@ from zoo import batch, case, masks, modalities
 from mmzoo import Modality, MultimodalVAE
 from mmzoo.batch import check_batch, modality_names
 from mmzoo.likelihoods import Categorical
-from mmzoo.models import JMVAE, MVAE, VAE
+from mmzoo.models import DMVAE, JMVAE, MODELS, MVAE, VAE
 
 NAN = float("nan")
 
@@ -381,3 +382,37 @@ def test_a_compiled_loss_cannot_keep_masks():
         elbo.differentiable_loss(vae.model, vae.guide, x, {"b": torch.arange(6) < 3})
     elbo = JitTrace_ELBO(ignore_jit_warnings=True)
     assert torch.isfinite(elbo.differentiable_loss(vae.model, vae.guide, x))
+
+
+def integers(name: str, tmp_path) -> MultimodalVAE:
+    """A model whose sizes are numpy's, saved and read again."""
+    sizes = {"mhvae": {"num_levels": 2}, "dmvae": {"private_dim": 2}}.get(name, {})
+    options = {key: np.int64(size) for key, size in sizes.items()}
+    vae = MODELS[name](modalities(2), np.int64(3), **options)
+    vae.save_pretrained(tmp_path)
+    return MODELS[name].from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mvae", "mhvae", "dmvae", "mfm", "nexus", "telbo"])
+def test_sizes_may_be_integers_of_numpy(name, tmp_path):
+    vae = integers(name, tmp_path)
+    assert vae.latent_dim == 3
+    assert all(type(value) is not np.int64 for value in vae.options.values())
+
+
+def test_sizes_by_name_may_be_integers_of_numpy(tmp_path):
+    DMVAE(modalities(2), 2, private_dim={"image": np.int64(2)}).save_pretrained(tmp_path)
+    assert DMVAE.from_pretrained(tmp_path).private_dims["image"] == 2
+
+
+@pytest.mark.parametrize("latent_dim", [2.5, 2.0, "2", None])
+def test_latent_dimensions_that_are_no_integers(latent_dim):
+    message = f"^latent_dim: expected an integer, found {latent_dim!r}; give a whole number"
+    with pytest.raises(ValueError, match=message):
+        MVAE([Modality("a", (3,))], latent_dim)
+
+
+def test_another_prior_for_a_checkpoint_whose_model_takes_none(tmp_path):
+    DMVAE(modalities(2), 2).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="^DMVAE: expected a model that takes prior=…, found one"):
+        DMVAE.from_pretrained(tmp_path, prior="flow")
