@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ __all__ = [
     "ObjectiveModule",
     "Schedule",
     "at_step",
+    "check_weights",
     "frozen",
     "merged_terms",
     "own_networks",
@@ -53,6 +54,19 @@ class LinearWarmup:
     def __call__(self, step: int) -> float:
         """The weight at a step."""
         return self.start + (self.end - self.start) * min(step / max(self.steps, 1), 1.0)
+
+
+def check_weights(where: str, **weights: Any) -> None:
+    """Rejects negative weights: numbers, or numbers by name."""
+    for what, given in weights.items():
+        each = {what: given}
+        if isinstance(given, Mapping):
+            each = {f"{what}[{key!r}]": value for key, value in given.items()}
+        for key, value in each.items():
+            if not value >= 0:
+                raise ValueError(
+                    f"{where}: expected {key} >= 0, found {value}; 0 leaves the term out"
+                )
 
 
 def at_step(schedule: Schedule, step: int, expected: str) -> float:

@@ -412,6 +412,26 @@ def test_latent_dimensions_that_are_no_integers(latent_dim):
         MVAE([Modality("a", (3,))], latent_dim)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("mmvm", {"beta": -1.0}, "MixturePriorELBO: expected beta >= 0, found -1.0"),
+        ("mmvm", {"prior_weight": -0.5}, "MixturePriorELBO: expected prior_weight >= 0, found -0"),
+        ("mmvm", {"modality_weights": {"a": -1}}, r"MixturePrior.*weights\['a'\] >= 0, found -1"),
+        ("nexus", {"beta": -1.0}, "NexusELBO: expected beta >= 0, found -1.0; 0 leaves"),
+        ("nexus", {"code_weights": {"a": -5}}, r"NexusELBO: expected code_weights\['a'\] >= 0"),
+        ("nexus", {"modality_betas": {"a": -5}}, r"NexusELBO: expected modality_betas\['a'\] >= 0"),
+        ("mfm", {"weight": -1.0}, "MMDObjective: expected weight >= 0, found -1.0; 0 leaves"),
+        ("mfm", {"surrogate_weight": NAN}, "MMDObjective: expected surrogate_weight >= 0"),
+        ("mfm", {"modality_weights": {"a": -1}}, r"MMD.*: expected modality_weights\['a'\] >= 0"),
+    ],
+)
+def test_weights_below_zero(name, options, message):
+    vae = MODELS[name](modalities(2), 2)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        vae.objective(**options).loss(vae.model, vae.guide, batch(vae, 4))
+
+
 def test_another_prior_for_a_checkpoint_whose_model_takes_none(tmp_path):
     DMVAE(modalities(2), 2).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="^DMVAE: expected a model that takes prior=…, found one"):
