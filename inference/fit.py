@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from mmzoo.batch import check_batch
 from mmzoo.data import MultimodalDataset
 from mmzoo.inference.alignment import Wasserstein, alignment_terms
-from mmzoo.inference.objective import ObjectiveModule, recorded_terms
+from mmzoo.inference.objective import ObjectiveModule, owner, recorded_terms, steps_ahead
+from mmzoo.inference.subset import SubsetELBO
 from mmzoo.seeding import seeded
 from mmzoo.vae import MultimodalVAE
 
@@ -93,9 +94,12 @@ def fit(
     Args:
         vae: The model; trained in place, on the device that Fabric chooses, and left in eval mode.
         train: The rows.
-        validation: Rows whose bound is watched; with ``patience`` the best weights are kept.
+        validation: Rows whose bound is watched; with ``patience`` the best weights are kept. The
+            objective's schedules (``LinearWarmup``) have the values of the last step of the last
+            epoch there, so that every epoch is judged by the same bound.
         guide: A Pyro guide over the same sites, in place of the model's own.
-        objective: A Pyro ELBO or one of ours; default ``vae.objective()``.
+        objective: A Pyro ELBO or one of ours; default ``vae.objective()``, which visits subsets one
+            by one for a guide of yours, so that masks are ``(N,)``.
         epochs: Passes over the rows.
         batch_size: Rows for each step.
         learning_rate: Of the default optimiser, Adam.
@@ -108,14 +112,16 @@ def fit(
         progress: Whether to show a progress bar with the running bound.
         accelerator: As Fabric takes it: ``"auto"``, ``"cpu"``, ``"cuda"``, …
         devices: As Fabric takes it.
-        precision: As Fabric takes it.
+        precision: As Fabric takes it. Mixed precision is for encoders and decoders: data, densities
+            and the bound keep that of the parameters.
         on_epoch: Called after each epoch with its number and its figures.
 
     Returns:
         The history, why the run ended, and which epoch's weights the model has.
 
     Raises:
-        ValueError: For data that do not fit the model, or a row with nothing observed.
+        ValueError: For data that do not fit the model, a row with nothing observed, or what Pyro's
+            validation finds on the first rows; none is done after them.
     """
     from lightning.fabric import Fabric
 
@@ -135,7 +141,8 @@ def fit(
     guide = vae.guide if guide is None else guide
     loss = _loss_module(vae, guide, objective)
     first_x, first_observed = train.batch(np.arange(min(len(train), 8)))
-    parameters = _parameters(loss, _to(first_x, fabric), _to(first_observed, fabric))
+    with pyro.validation_enabled(True):  # once, whatever the user has set
+        parameters = _parameters(loss, _Rows(first_x, first_observed, fabric))
     made = optimizer or _adam
     optim = made(parameters, lr=learning_rate)
     module, optim = fabric.setup(loss, optim)
@@ -165,15 +172,33 @@ def _adam(parameters: list[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=lr, fused=True)
 
 
-def _loss_module(vae: MultimodalVAE, guide: Any, objective: ELBO | None) -> ObjectiveModule:
-    objective = vae.objective() if objective is None else objective
-    return ObjectiveModule(vae.model, guide, objective)
+class _Rows:
+    """A batch on its device. No collection, in which Fabric would round x to a mixed precision."""
+
+    def __init__(self, x: dict[str, Tensor], observed: dict[str, Tensor], fabric: Any) -> None:
+        self.x = {name: value.to(fabric.device) for name, value in x.items()}
+        self.observed = {name: mask.to(fabric.device) for name, mask in observed.items()}
 
 
-def _parameters(loss: nn.Module, x: Any, observed: Any) -> list[nn.Parameter]:
+class _Loss(ObjectiveModule):
+    """The loss of a batch, summed over rows."""
+
+    def forward(self, rows: _Rows) -> Tensor:
+        return super().forward(rows.x, rows.observed)
+
+
+def _loss_module(vae: MultimodalVAE, guide: Any, objective: ELBO | None) -> _Loss:
+    if objective is None:
+        objective = vae.objective()
+        if isinstance(objective, SubsetELBO) and owner(guide) is not vae:
+            objective.vectorized = False
+    return _Loss(vae.model, guide, objective)
+
+
+def _parameters(loss: _Loss, rows: _Rows) -> list[nn.Parameter]:
     """Trainable parameters of the networks, and those that a guide of the user's registers."""
     with torch.random.fork_rng(), torch.no_grad(), poutine.trace(param_only=True) as capture:
-        loss(x, observed)
+        loss(rows)
     found = {id(p): p for p in loss.parameters() if p.requires_grad}
     for site in capture.trace.nodes.values():
         if site["type"] == "param":
@@ -185,10 +210,6 @@ def _parameters(loss: nn.Module, x: Any, observed: Any) -> list[nn.Parameter]:
             "unfreeze the model or the guide"
         )
     return list(found.values())
-
-
-def _to(tensors: dict[str, Tensor], fabric: Any) -> dict[str, Tensor]:
-    return {name: value.to(fabric.device) for name, value in tensors.items()}
 
 
 @dataclass
@@ -232,7 +253,10 @@ class _Trainer:
                     )
                     break
                 if validation is not None:
-                    self._validate(validation, batch_size, record)
+                    # One bound for all epochs, or a warm-up would choose its own beginning.
+                    left = (epochs - epoch - 1) * steps
+                    with steps_ahead(self.module.elbo, left - 1):
+                        self._validate(validation, batch_size, record)
                 self._distance(train, batch_size, record)
                 means = record.means()
                 history.append(means)
@@ -249,7 +273,11 @@ class _Trainer:
         if patience is not None and stopped == "epochs":
             self._restore(good)
         self.vae.eval()
-        return FitResult(_history(history, list(self.vae.modalities)), stopped, best_epoch)
+        always = [("loss", ""), ("gradient_norm", ""), ("learning_rate", ""), ("seconds", "")]
+        if validation is not None:
+            always.insert(1, ("validation_loss", ""))
+        found = _history(history, list(self.vae.modalities), always)
+        return FitResult(found, stopped, best_epoch)
 
     def _epoch(
         self, rows: MultimodalDataset, batch_size: int, seed: int, epoch: int, bar: Any
@@ -258,10 +286,14 @@ class _Trainer:
         record, start = _Record(), time.perf_counter()
         order = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         for x, observed in rows.batches(batch_size, shuffle=True, generator=order):
-            x, observed = _to(x, self.fabric), _to(observed, self.fabric)
             num = len(next(iter(x.values())))
             with recorded_terms(self.module.elbo) as terms:
-                loss = self.module(x, observed) / num
+                loss = self.module(_Rows(x, observed, self.fabric)) / num
+            if not loss.requires_grad:
+                raise ValueError(
+                    "fit: expected a loss that depends on what is trained, found a constant; give "
+                    f"data that {self.vae.title} scores, not only {', '.join(x)}"
+                )
             value = float(loss.detach())
             if not math.isfinite(value):
                 return None
@@ -305,7 +337,7 @@ class _Trainer:
         with seeded(0):
             for x, observed in rows.batches(max(batch_size, 512), shuffle=False):
                 num = len(next(iter(x.values())))
-                loss = self.module(_to(x, self.fabric), _to(observed, self.fabric))
+                loss = self.module(_Rows(x, observed, self.fabric))
                 record.add("validation_loss", "", float(loss), num)
 
     @torch.no_grad()
@@ -314,9 +346,8 @@ class _Trainer:
         if len(self.vae.modalities) < 2 or not self.vae.has_diagonal_experts:
             return
         self.vae.eval()
-        x, observed = rows.batch(np.arange(min(len(rows), 1024)))
-        x, observed = _to(x, self.fabric), _to(observed, self.fabric)
-        distance = alignment_terms(self.vae, x, observed, Wasserstein())
+        first = _Rows(*rows.batch(np.arange(min(len(rows), 1024))), self.fabric)
+        distance = alignment_terms(self.vae, first.x, first.observed, Wasserstein())
         record.add("wasserstein", "", distance.sum(), distance.numel())
 
     def _state(self) -> list[Tensor]:
@@ -373,10 +404,12 @@ class _bar:
             self.progress.stop()
 
 
-def _history(rows: list[dict[tuple[str, str], float]], names: list[str]) -> xr.Dataset:
+def _history(
+    rows: list[dict[tuple[str, str], float]], names: list[str], always: list[tuple[str, str]]
+) -> xr.Dataset:
     """One variable for each figure; modalities, latents and alignment terms are dimensions."""
     dims = {"log_likelihood": "modality", "kl": "latent", "alignment": "term"}
-    keys = list(dict.fromkeys(key for row in rows for key in row))
+    keys = list(dict.fromkeys(key for row in rows for key in row)) or always
     epochs = np.arange(len(rows))
     found: dict[str, Any] = {}
     for kind in dict.fromkeys(kind for kind, _ in keys):
@@ -384,6 +417,7 @@ def _history(rows: list[dict[tuple[str, str], float]], names: list[str]) -> xr.D
         if kind == "log_likelihood":
             members = [name for name in names if name in members]
         values = np.array([[row.get((kind, name), np.nan) for name in members] for row in rows])
+        values = values.reshape(len(rows), len(members))  # also without any epoch
         if kind in dims:
             found[kind] = xr.DataArray(
                 values, dims=("epoch", dims[kind]), coords={"epoch": epochs, dims[kind]: members}

@@ -183,6 +183,17 @@ class ImportanceWeightedELBO(Objective):
                 )
         else:  # one draw tells what a guide of the user's is
             mixture = draw(guide, x, observed, 1, total=_MANY).mixture
+        if mixture is not None and self.gradient == "dreg" and not self.as_published:
+            weights = mixture.log_weights
+            if own and weights.requires_grad:
+                # Not those of rows that have the prior: their log w is zero, whatever z is.
+                weights = vae.combine(kwargs["experts"], None).log_weights
+            if weights.requires_grad:
+                raise ValueError(
+                    "ImportanceWeightedELBO: expected components of fixed weights for gradient "
+                    "'dreg' of a mixture, found weights with a gradient, which it would miss; use "
+                    "gradient='plain'"
+                )
         present = 1 if mixture is None else int(mixture.present.sum(-1).max())
         pooled = self.bound == "pooled" and not self.as_published
         if self.gradient == "stl" and pooled and present > 1:

@@ -29,12 +29,17 @@ from torch import Tensor
 
 from mmzoo import combine
 from mmzoo.batch import modality_names
-from mmzoo.inference.objective import Objective, own_networks, trace_terms
+from mmzoo.inference.objective import (
+    Objective,
+    Schedule,
+    at_step,
+    check_weights,
+    own_networks,
+    trace_terms,
+)
 from mmzoo.vae import MultimodalVAE
 
 __all__ = ["MixturePriorELBO"]
-
-Schedule = float | Callable[[int], float]
 
 
 class MixturePriorELBO(Objective):
@@ -65,6 +70,7 @@ class MixturePriorELBO(Objective):
         pairwise: bool = False,
     ) -> None:
         super().__init__()
+        check_weights("MixturePriorELBO", modality_weights=modality_weights or {})
         self.beta = beta
         self.prior_weight = prior_weight
         self.modality_weights = dict(modality_weights or {})
@@ -86,8 +92,9 @@ class MixturePriorELBO(Objective):
                 f"bound, found {vae.family!r}; use pairwise=False"
             )
         modality_names(vae.modalities, self.modality_weights, "MixturePriorELBO modality_weights")
-        beta, alpha = (_at(each, self.step) for each in (self.beta, self.prior_weight))
-        if not 0 <= alpha <= 1:
+        beta = at_step(self.beta, self.step, "MixturePriorELBO: expected beta")
+        alpha = at_step(self.prior_weight, self.step, "MixturePriorELBO: expected prior_weight")
+        if alpha > 1:
             raise ValueError(f"MixturePriorELBO: expected 0 <= prior_weight <= 1, found {alpha}")
         batch = vae.check(x, observed)
         vae._register("guide", vae, skip="generative.")  # for SVI, since the guide does not run
@@ -156,7 +163,3 @@ def pairwise_divergence(
     share = combine.mixture_weights(mask.movedim(0, -1)).movedim(-1, 0).to(loc).exp()
     own = combine.gaussian_kl(loc, scale, prior.base_dist.loc, prior.base_dist.scale)
     return torch.where(mask, alpha * own + (1 - alpha) * (share * pairs).sum(1), 0.0)
-
-
-def _at(schedule: Schedule, step: int) -> float:
-    return float(schedule(step) if callable(schedule) else schedule)

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from mmzoo.batch import modality_names
 from mmzoo.inference.nexus import drop_messages
-from mmzoo.inference.objective import Objective, own_networks
+from mmzoo.inference.objective import Objective, check_weights, own_networks
 from mmzoo.vae import MultimodalVAE
 
 __all__ = ["MMDObjective", "mmd", "mmd_to_normal"]
@@ -110,6 +110,12 @@ class MMDObjective(Objective):
         super().__init__()
         if bandwidth is not None and not bandwidth > 0:
             raise ValueError(f"MMDObjective: expected bandwidth > 0, found {bandwidth}")
+        check_weights(
+            "MMDObjective",
+            weight=weight,
+            surrogate_weight=surrogate_weight,
+            modality_weights=modality_weights or {},
+        )
         self.weight = weight
         self.surrogate_weight = surrogate_weight
         self.bandwidth = bandwidth

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mmzoo import combine
 from mmzoo.batch import Batch, modality_names
-from mmzoo.inference.objective import Objective, own_networks, trace_terms
+from mmzoo.inference.objective import Objective, check_weights, own_networks, trace_terms
 from mmzoo.vae import MultimodalVAE
 
 __all__ = ["NexusELBO", "drop_messages"]
@@ -85,6 +85,13 @@ class NexusELBO(Objective):
         super().__init__()
         if not 0 <= dropout <= 1:
             raise ValueError(f"NexusELBO: expected 0 <= dropout <= 1, found {dropout}")
+        check_weights(
+            "NexusELBO",
+            beta=beta,
+            modality_weights=modality_weights or {},
+            modality_betas=modality_betas or {},
+            code_weights=code_weights or {},
+        )
         self.dropout = dropout
         self.beta = beta
         self.modality_weights = dict(modality_weights or {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,12 +23,14 @@ __all__ = [
     "ObjectiveModule",
     "Schedule",
     "at_step",
+    "check_weights",
     "frozen",
     "merged_terms",
     "own_networks",
     "owner",
     "recorded_terms",
     "scale_sites",
+    "steps_ahead",
     "trace_terms",
 ]
 
@@ -54,12 +56,46 @@ class LinearWarmup:
         return self.start + (self.end - self.start) * min(step / max(self.steps, 1), 1.0)
 
 
+def check_weights(where: str, **weights: Any) -> None:
+    """Rejects negative weights: numbers, or numbers by name."""
+    for what, given in weights.items():
+        each = {what: given}
+        if isinstance(given, Mapping):
+            each = {f"{what}[{key!r}]": value for key, value in given.items()}
+        for key, value in each.items():
+            if not value >= 0:
+                raise ValueError(
+                    f"{where}: expected {key} >= 0, found {value}; 0 leaves the term out"
+                )
+
+
 def at_step(schedule: Schedule, step: int, expected: str) -> float:
     """The value of a number or of a function of the step; an error begins with ``expected``."""
     value = float(schedule(step) if callable(schedule) else schedule)
     if not value >= 0:
         raise ValueError(f"{expected} >= 0, found {value} at step {step}")
     return value
+
+
+@contextmanager
+def steps_ahead(elbo: ELBO, steps: int) -> Iterator[None]:
+    """Within it, schedules have the values of so many steps later, in nested objectives too."""
+    counted = [part for part in _parts(elbo) if isinstance(getattr(part, "step", None), int)]
+    before = [part.step for part in counted]
+    for part in counted:
+        part.step += steps
+    try:
+        yield
+    finally:
+        for part, step in zip(counted, before, strict=True):
+            part.step = step
+
+
+def _parts(elbo: Any) -> Iterator[Any]:
+    yield elbo
+    for part in vars(elbo).values():
+        if isinstance(part, ELBO):
+            yield from _parts(part)
 
 
 def owner(fn: Callable[..., Any]) -> nn.Module | None:
@@ -91,6 +127,7 @@ class ObjectiveModule(ELBOModule):
             for module in self.owners:
                 if isinstance(module, MultimodalVAE):
                     stack.enter_context(module.unregistered())
+                    stack.enter_context(module.mixed_networks())
             return self.elbo.differentiable_loss(self.model, self.guide, *args, **kwargs)
 
 

@@ -105,6 +105,12 @@ def check_batch(
     """
     values = is_validation_enabled() if values is None else values
     x, observed = _as_dicts(modalities, x, observed)
+    if observed and torch.jit.is_tracing():  # type: ignore[attr-defined]
+        raise ValueError(
+            "observed: expected no masks while torch.jit traces, found those of "
+            f"{', '.join(observed)}; which rows are decoded follows from them, so that a compiled "
+            "loss would keep the first batch's: use Trace_ELBO() in place of JitTrace_ELBO()"
+        )
     rows = _num_rows(modalities, x, num_rows)
     masks: dict[str, Tensor | None] = {}
     lead = torch.Size()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from pyro.distributions import Laplace, Normal, TorchDistribution
 from pyro.distributions.score_parts import ScoreParts
 from pyro.infer.util import check_fully_reparametrized
 from torch import Tensor
-from torch.distributions import Distribution, Independent, constraints, register_kl
+from torch.distributions import Distribution, constraints, register_kl
 
 from mmzoo.flows import ConditionalFlow
 
@@ -433,11 +433,11 @@ class ScoredRows(TorchDistribution):
         return scored.new_zeros(self.batch_shape).index_put(self.index, scored)
 
     def _log_prob(self, value: Tensor) -> Tensor:
-        if len(value) or not isinstance(self.base, Independent):
+        if len(value):
             return self.base.log_prob(value)
-        # No rows: the sum of torch's Independent fails, and a gradient of zeros is wanted.
-        entries = tuple(range(-self.base.reinterpreted_batch_ndims, 0))
-        return self.base.base_dist.log_prob(value).sum(entries)
+        # No rows, for which many densities fail. A gradient of zeros is wanted.
+        found = [p for p in _parameters(self.base) if p.is_floating_point() and not p.numel()]
+        return torch.stack([p.sum() for p in found] or [torch.zeros(())]).sum().expand(0)
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draws of the scored rows; the others are zero."""
@@ -446,6 +446,15 @@ class ScoredRows(TorchDistribution):
         full = draws.new_zeros(*shape, *self.batch_shape, *self.event_shape)
         full[(slice(None),) * len(shape) + self.index] = draws
         return full
+
+
+def _parameters(fn: Distribution) -> Iterator[Tensor]:
+    """The tensors that a distribution holds, those of the distributions in it included."""
+    for part in vars(fn).values():
+        if isinstance(part, Tensor):
+            yield part
+        elif isinstance(part, Distribution):
+            yield from _parameters(part)
 
 
 class PriorRows(TorchDistribution):

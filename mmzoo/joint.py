@@ -81,9 +81,10 @@ class JointNetworkVAE(MultimodalVAE):
             value = batch.x[name]
             assert value is not None
             value = self._fill_entries(name, value) if modality.entrywise_missing else value
-            out = encoder(value if whole else value[index])
-            features.append(out if isinstance(out, Tensor) else torch.cat(out, -1))
-        loc, scale = loc_and_scale(self.joint(torch.cat(features, -1)))
+            with self._networks():
+                out = encoder(value if whole else value[index])
+            features.append(self._full(out if isinstance(out, Tensor) else torch.cat(out, -1)))
+        loc, scale = loc_and_scale(self._full(self.joint(torch.cat(features, -1))))
         if whole:
             return loc, scale
         return blank.index_copy(0, index, loc), (blank + 1.0).index_copy(0, index, scale)

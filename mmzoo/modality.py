@@ -34,7 +34,7 @@ class Modality:
         event_shape: shape of one value, without the batch; () for one number or one label.
         likelihood: a name such as ``"bernoulli"``, a :class:`~mmzoo.likelihoods.Likelihood`, or a
             callable from the decoder's output to a Pyro distribution.
-        encoder: module (R, *event_shape) -> (R, H), or -> (loc, scale); a function without
+        encoder: module (R, *event_shape) -> (R, H), or -> (loc, scale > 0); a function without
             arguments that makes one; ``"mlp"``, ``"conv"``, or a dict such as
             ``{"kind": "mlp", "hidden": [512, 512]}``; None: chosen from the shape.
         decoder: module from (R, L) to the parameters of the likelihood; a function of L that makes

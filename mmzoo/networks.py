@@ -6,7 +6,8 @@ network of this file, or of a user, always sees exactly one batch dimension.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -320,7 +321,7 @@ def _he_initialised(network: Network) -> Network:
 
 
 def _as_shape(shape: int | Sequence[int]) -> Shape:
-    return (shape,) if isinstance(shape, int) else tuple(shape)
+    return tuple(shape) if isinstance(shape, Iterable) else (operator.index(shape),)
 
 
 def _flatten(x: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ import itertools
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -30,6 +31,7 @@ import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from pyro.distributions import TorchDistribution
+from pyro.distributions.util import is_validation_enabled
 from pyro.infer import ELBO, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
@@ -89,7 +91,7 @@ class Expert(nn.Module):
 
     Args:
         encoder: Network from a batch of one modality to features ``(rows, H)``, or to the pair
-            ``(loc, scale)`` itself.
+            ``(loc, scale)`` itself, with positive scales (looked at while Pyro validates).
         features: H, or None for an encoder that gives the pair itself.
         latent_dim: D.
     """
@@ -205,6 +207,7 @@ class MultimodalVAE(nn.Module):
     families: ClassVar[tuple[str, ...]] = ("normal",)
     #: Names of modalities that every row must have, since the model is conditional on them.
     always_given: tuple[str, ...] = ()
+    _mixed: torch.dtype | None = None
 
     def __init__(
         self,
@@ -222,6 +225,12 @@ class MultimodalVAE(nn.Module):
         super().__init__()
         _check_options(type(self), options)
         self.modalities = modalities_by_name(modalities, type(self))
+        latent_dim, private_dim = _plain(latent_dim), _plain(private_dim)
+        if type(latent_dim) is not int:
+            raise ValueError(
+                f"latent_dim: expected an integer, found {latent_dim!r}; give a whole number of "
+                "dimensions"
+            )
         if latent_dim < 1:
             raise ValueError(f"latent_dim: expected at least 1, found {latent_dim}")
         _check_family(type(self), family)
@@ -241,7 +250,7 @@ class MultimodalVAE(nn.Module):
         if prior is not None:
             options["prior"] = prior_config(prior)
         taken = self.option_names()
-        self.options = {key: value for key, value in options.items() if key in taken}
+        self.options = {key: _plain(value) for key, value in options.items() if key in taken}
         # A suffix: nn.ModuleDict refuses names such as "keys" or "type".
         self.experts = nn.ModuleDict()
         self.private_experts = nn.ModuleDict()
@@ -506,6 +515,9 @@ class MultimodalVAE(nn.Module):
             name: The modality.
             z: Latents ``(*, D)``, and what else the decoder is given beside private codes.
             w: Private codes ``(*, P)``; None: drawn from their prior, if the modality has one.
+
+        Raises:
+            ValueError: For a decoder or a likelihood that does not give one density for each z.
         """
         lead = z.shape[:-1]
         if size := self.private_dims[name]:
@@ -517,14 +529,25 @@ class MultimodalVAE(nn.Module):
                 )
             lead = torch.broadcast_shapes(lead, w.shape[:-1])
             z = torch.cat([z.expand(*lead, z.shape[-1]), w.expand(*lead, size)], -1)
-        out = self.generative.decoders[f"{name}_"](z.reshape(-1, z.shape[-1]))
+        with self._networks():
+            out = self.generative.decoders[f"{name}_"](z.reshape(-1, z.shape[-1]))
         if isinstance(out, Tensor):
-            out = out.reshape(*lead, *out.shape[1:])
+            out = self._full(out.reshape(*lead, *out.shape[1:]))
         else:
-            out = tuple(part.reshape(*lead, *part.shape[1:]) for part in out)
-        return self.generative.likelihoods[f"{name}_"](
-            out, self.modalities[name].event_shape, where=f"modality {name!r}"
-        )
+            out = tuple(self._full(part.reshape(*lead, *part.shape[1:])) for part in out)
+        likelihood: Any = self.generative.likelihoods[f"{name}_"]
+        shape = self.modalities[name].event_shape
+        p = likelihood(out, shape, where=f"modality {name!r}")
+        if p.batch_shape != lead:  # it would broadcast against the rows, to another sum
+            found = [tuple(out.shape)] if isinstance(out, Tensor) else [tuple(o.shape) for o in out]
+            expected = [(*lead, *each) for each in likelihood.param_shapes(shape).values()]
+            raise ValueError(
+                f"modality {name!r}: expected a density of batch shape {tuple(lead)} from its "
+                f"decoder and likelihood, found {tuple(p.batch_shape)}; the decoder gave "
+                f"{_listed(found)}, let it give {_listed(expected)} (nn.Flatten(0) last, for one "
+                "number), and the likelihood one density for each row"
+            )
+        return p
 
     def with_prior(self, prior: PriorSpec) -> Self:
         """A copy of the model with a fresh prior of another kind, everything else as it is.
@@ -532,11 +555,7 @@ class MultimodalVAE(nn.Module):
         Raises:
             ValueError: For a model that takes no other prior.
         """
-        if "prior" not in self.option_names():
-            raise ValueError(
-                f"{self.title}: expected a model that takes prior=…, found one whose prior is part "
-                f"of it; its options: {', '.join(sorted(self.option_names())) or 'none'}"
-            )
+        _check_takes_prior(type(self))
         other = copy.deepcopy(self)
         other.options = {**self.options, "prior": prior_config(prior)}
         other._set_prior(prior, learned=False)
@@ -626,6 +645,20 @@ class MultimodalVAE(nn.Module):
         finally:
             self._registers = before
 
+    @contextmanager
+    def mixed_networks(self) -> Iterator[None]:
+        """Within it, autocast is for encoders and decoders, and for nothing between or behind."""
+        device = self.generative.prior_loc.device.type
+        if not torch.is_autocast_enabled(device):
+            yield
+            return
+        before, self._mixed = self._mixed, torch.get_autocast_dtype(device)
+        try:
+            with torch.autocast(device, enabled=False):
+                yield
+        finally:
+            self._mixed = before
+
     # Saving -------------------------------------------------------------------------------------
 
     def config(self) -> dict[str, Any]:
@@ -669,7 +702,8 @@ class MultimodalVAE(nn.Module):
             prior: The prior, needed where it is one of your own.
 
         Raises:
-            ValueError: For a missing, corrupt or foreign checkpoint.
+            ValueError: For a missing, corrupt or foreign checkpoint, or a model that takes no other
+                prior.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -680,6 +714,8 @@ class MultimodalVAE(nn.Module):
                 f"checkpoint {directory}: expected a {cls.name!r} model, found "
                 f"{config['model']!r}; load it with mmzoo.models.MODELS[{config['model']!r}]"
             )
+        if prior is not None:
+            _check_takes_prior(cls)
         try:
             if modalities is None:
                 modalities = [Modality.from_config(each) for each in config["modalities"]]
@@ -773,6 +809,15 @@ class MultimodalVAE(nn.Module):
         """What the decoders are given: latents ``(*, N, D)``, and whatever stands beside them."""
         return z
 
+    def _networks(self) -> AbstractContextManager[Any]:
+        if self._mixed is None:
+            return nullcontext()
+        return torch.autocast(self.generative.prior_loc.device.type, dtype=self._mixed)
+
+    def _full(self, out: Tensor) -> Tensor:
+        """What a network gave, in the model's precision: densities in another are on a grid."""
+        return out.to(self.generative.prior_loc.dtype)
+
     def _expert_of(
         self, name: str, value: Tensor, batch: Batch, index: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -856,15 +901,20 @@ class MultimodalVAE(nn.Module):
         if mask is not None and not bool(mask.all()):
             index = mask.nonzero().squeeze(-1)
         seen = value if index is None else value[index]
-        if networks is self.experts:
-            loc, scale = self._expert_of(name, seen, batch, index)
-        else:
-            loc, scale = networks[f"{name}_"](seen)
+        with self._networks():
+            if networks is self.experts:
+                loc, scale = self._expert_of(name, seen, batch, index)
+            else:
+                loc, scale = networks[f"{name}_"](seen)
+        loc, scale = self._full(loc), self._full(scale)
         if loc.shape[-1] != size:
             raise ValueError(
                 f"modality {name!r}: expected {size} entries of loc and scale from its encoder, "
                 f"found {loc.shape[-1]}; give latent_dim entries, and then private_dim entries"
             )
+        network = networks[f"{name}_"]
+        if isinstance(network, Expert) and network.head is None and is_validation_enabled():
+            _check_scale(name, scale)
         if index is None:
             return loc, scale
         return blank.index_copy(0, index, loc), (blank + 1.0).index_copy(0, index, scale)
@@ -941,6 +991,26 @@ def _private_dims(
     return {name: private_dim.get(name, 0) for name in modalities}
 
 
+def _plain(value: Any) -> Any:
+    """Integers of numpy as Python's, which JSON knows, in dicts too."""
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+
+
+def _listed(shapes: Sequence[tuple[int, ...]]) -> str:
+    return ", ".join(map(str, shapes))
+
+
+def _check_scale(name: str, scale: Tensor) -> None:
+    """Rejects what is no scale, such as the logarithm of a variance."""
+    if bool((scale <= 0).any()):
+        raise ValueError(
+            f"modality {name!r}: expected positive scales from its encoder, found "
+            f"{scale.min().item():g}; return softplus(raw) or (0.5 * logvar).exp() in its place"
+        )
+
+
 def _sample(q: TorchDistribution) -> Tensor:
     """The latents of a prior or a posterior, at the site z or at a site for each of their parts."""
     return q.draw(pyro.sample) if isinstance(q, Ancestral) else pyro.sample("z", q)
@@ -1001,6 +1071,14 @@ def _check_options(cls: type[MultimodalVAE], options: Mapping[str, Any]) -> None
     if unknown := sorted(set(options) - known):
         names = ", ".join(sorted(cls.option_names())) or "none"
         raise TypeError(f"{cls.title}: unknown option {unknown[0]!r}; its options: {names}")
+
+
+def _check_takes_prior(cls: type[MultimodalVAE]) -> None:
+    if "prior" not in cls.option_names():
+        raise ValueError(
+            f"{cls.title}: expected a model that takes prior=…, found one whose prior is part of "
+            f"it; its options: {', '.join(sorted(cls.option_names())) or 'none'}"
+        )
 
 
 def _check_family(cls: type[MultimodalVAE], family: str) -> None:

@@ -1,14 +1,16 @@
 """Bad input: every message of the one entry of batches, and of building a model."""
 
+import numpy as np
 import pyro
 import pytest
 import torch
+from pyro.infer import JitTrace_ELBO
 from zoo import batch, case, masks, modalities
 
 from mmzoo import Modality, MultimodalVAE
 from mmzoo.batch import check_batch, modality_names
 from mmzoo.likelihoods import Categorical
-from mmzoo.models import JMVAE, MVAE, VAE
+from mmzoo.models import DMVAE, JMVAE, MODELS, MVAE, VAE
 
 NAN = float("nan")
 
@@ -368,3 +370,69 @@ def test_model_that_says_nothing():
         vae.posterior({"vector": torch.zeros(2, 3)})
     with pytest.raises(NotImplementedError, match="^Bare names no objective$"):
         vae.objective()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:FutureWarning")
+def test_a_compiled_loss_cannot_keep_masks():
+    vae = MVAE([Modality("a", (3,)), Modality("b", (2,))], 2)
+    x = {"a": torch.randn(6, 3), "b": torch.randn(6, 2)}
+    elbo = JitTrace_ELBO(ignore_jit_warnings=True)
+    message = "^observed: expected no masks while torch.jit traces, found those of b; .*Trace_ELBO"
+    with pytest.raises(ValueError, match=message):
+        elbo.differentiable_loss(vae.model, vae.guide, x, {"b": torch.arange(6) < 3})
+    elbo = JitTrace_ELBO(ignore_jit_warnings=True)
+    assert torch.isfinite(elbo.differentiable_loss(vae.model, vae.guide, x))
+
+
+def integers(name: str, tmp_path) -> MultimodalVAE:
+    """A model whose sizes are numpy's, saved and read again."""
+    sizes = {"mhvae": {"num_levels": 2}, "dmvae": {"private_dim": 2}}.get(name, {})
+    options = {key: np.int64(size) for key, size in sizes.items()}
+    vae = MODELS[name](modalities(2), np.int64(3), **options)
+    vae.save_pretrained(tmp_path)
+    return MODELS[name].from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mvae", "mhvae", "dmvae", "mfm", "nexus", "telbo"])
+def test_sizes_may_be_integers_of_numpy(name, tmp_path):
+    vae = integers(name, tmp_path)
+    assert vae.latent_dim == 3
+    assert all(type(value) is not np.int64 for value in vae.options.values())
+
+
+def test_sizes_by_name_may_be_integers_of_numpy(tmp_path):
+    DMVAE(modalities(2), 2, private_dim={"image": np.int64(2)}).save_pretrained(tmp_path)
+    assert DMVAE.from_pretrained(tmp_path).private_dims["image"] == 2
+
+
+@pytest.mark.parametrize("latent_dim", [2.5, 2.0, "2", None])
+def test_latent_dimensions_that_are_no_integers(latent_dim):
+    message = f"^latent_dim: expected an integer, found {latent_dim!r}; give a whole number"
+    with pytest.raises(ValueError, match=message):
+        MVAE([Modality("a", (3,))], latent_dim)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("mmvm", {"beta": -1.0}, "MixturePriorELBO: expected beta >= 0, found -1.0"),
+        ("mmvm", {"prior_weight": -0.5}, "MixturePriorELBO: expected prior_weight >= 0, found -0"),
+        ("mmvm", {"modality_weights": {"a": -1}}, r"MixturePrior.*weights\['a'\] >= 0, found -1"),
+        ("nexus", {"beta": -1.0}, "NexusELBO: expected beta >= 0, found -1.0; 0 leaves"),
+        ("nexus", {"code_weights": {"a": -5}}, r"NexusELBO: expected code_weights\['a'\] >= 0"),
+        ("nexus", {"modality_betas": {"a": -5}}, r"NexusELBO: expected modality_betas\['a'\] >= 0"),
+        ("mfm", {"weight": -1.0}, "MMDObjective: expected weight >= 0, found -1.0; 0 leaves"),
+        ("mfm", {"surrogate_weight": NAN}, "MMDObjective: expected surrogate_weight >= 0"),
+        ("mfm", {"modality_weights": {"a": -1}}, r"MMD.*: expected modality_weights\['a'\] >= 0"),
+    ],
+)
+def test_weights_below_zero(name, options, message):
+    vae = MODELS[name](modalities(2), 2)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        vae.objective(**options).loss(vae.model, vae.guide, batch(vae, 4))
+
+
+def test_another_prior_for_a_checkpoint_whose_model_takes_none(tmp_path):
+    DMVAE(modalities(2), 2).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="^DMVAE: expected a model that takes prior=…, found one"):
+        DMVAE.from_pretrained(tmp_path, prior="flow")

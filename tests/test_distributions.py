@@ -317,6 +317,31 @@ def test_scored_rows_have_the_gradient_of_the_full_plate():
     assert (found[~mask] == 0).all() and (found[mask] != 0).all()
 
 
+LIKELIHOODS = {
+    "normal": lambda loc: dist.Normal(loc, 1.0).to_event(1),
+    "number": lambda loc: dist.Normal(loc[:, 0], 1.0),
+    "shared": lambda loc: dist.MultivariateNormal(loc, scale_tril=torch.eye(3)),
+    "batched": lambda loc: dist.MultivariateNormal(loc, scale_tril=loc.exp().diag_embed()),
+    "mixture": lambda loc: dist.MixtureSameFamily(
+        dist.Categorical(logits=loc), dist.MultivariateNormal(loc.diag_embed(), torch.eye(3))
+    ),
+    "masked": lambda loc: dist.Normal(loc, 1.0).mask(loc > 0).to_event(1),
+    "labels": lambda loc: dist.Categorical(logits=loc),
+}
+
+
+@pytest.mark.parametrize("make", LIKELIHOODS.values(), ids=LIKELIHOODS)
+def test_no_scored_rows_have_log_prob_and_gradient_zero(make):
+    """Whatever the likelihood is; torch's own of several dimensions fail there."""
+    loc = torch.randn(5, 3, requires_grad=True)
+    with pyro.validation_enabled(False):
+        part = ScoredRows(make(loc[MASKS["none"]]), MASKS["none"])
+    log_prob = part.log_prob(torch.zeros(5, *part.event_shape))
+    assert log_prob.dtype == loc.dtype
+    assert torch.equal(log_prob, torch.zeros(5))
+    assert torch.equal(torch.autograd.grad(log_prob.sum(), loc)[0], torch.zeros(5, 3))
+
+
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_scored_rows_in_a_trace(mask):
     full, part = scored_rows(mask)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmzoo import Modality, MultimodalDataset
 from mmzoo.exact import LinearGaussianWorld
-from mmzoo.inference import ImportanceWeightedELBO, SubsetELBO, Wasserstein, fit
+from mmzoo.inference import ImportanceWeightedELBO, LinearWarmup, SubsetELBO, Wasserstein, fit
 from mmzoo.inference.alignment import alignment_terms
 from mmzoo.models import MODELS, VAE
 
@@ -208,6 +208,55 @@ def test_validation_is_the_bound_of_the_validation_rows():
     assert result.history.validation_loss[0] != result.history.validation_loss[1]
 
 
+@pytest.mark.parametrize("name", ["mvae", "telbo", "smvae", "mmvm"])
+def test_validation_has_the_weights_that_the_schedules_end_with(name):
+    """The last of 4 epochs of 4 steps ends with step 15; a last cycle must not begin anew."""
+    asked, vae = [], model(name)
+
+    def cycle(step: int) -> float:
+        if not vae.training:
+            asked.append(step)
+        return (step % 4 + 1) / 4
+
+    fit(
+        vae,
+        rows(),
+        validation=rows(seed=2),
+        objective=vae.objective(beta=cycle),
+        epochs=4,
+        batch_size=16,
+        **QUIET,
+    )
+    assert len(asked) >= 4
+    assert set(asked) == {15}
+
+
+def test_a_warm_up_does_not_choose_the_kept_weights():
+    """Without likelihoods, by a beta that grows, every epoch looks worse than the one before."""
+    zero, data = {"a": 0.0, "b": 0.0}, rows(40, seed=2)
+    vae, losses = model(), []
+    warm = SubsetELBO(beta=LinearWarmup(16, 0.1), modality_weights=zero, elbo=TraceMeanField_ELBO())
+    final = SubsetELBO(modality_weights=zero, elbo=TraceMeanField_ELBO())
+
+    def true_loss(epoch, means) -> None:
+        losses.append(final.loss(vae.model, vae.guide, *data.tensors()) / 40)
+
+    result = fit(
+        vae,
+        rows(),
+        validation=data,
+        objective=warm,
+        epochs=5,
+        batch_size=16,
+        patience=1,
+        on_epoch=true_loss,
+        **QUIET,
+    )
+    assert warm.step == 20  # training counts, watching does not
+    assert result.best_epoch == int(np.argmin(losses)) == 4
+    close(result.history.validation_loss.values, losses)
+
+
 def test_on_epoch_is_told_the_figures():
     told = []
     result = fit(
@@ -279,6 +328,33 @@ def test_clipping_bounds_the_step():
     # torch adds 1e-6 to the norm that it divides by.
     close(clipped, 1e-2 * norm / 5, 2e-6 / norm)
     assert step(norm * 5)[0] == free
+
+
+class LogVariance(nn.Module):
+    """What many write: a mean, and the logarithm of a variance in place of a scale."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size, 4)
+
+    def forward(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        return self.linear(value).chunk(2, -1)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("name", ["vae", "mvae", "mmvae", "mwvae", "jmvae"])
+def test_scales_that_are_none_are_refused_before_training(name, enabled):
+    vae = MODELS[name](
+        [
+            Modality("a", (4,), encoder=LogVariance(4)),
+            Modality("b", (3,), "one_hot_categorical"),
+        ][: MODELS[name].max_modalities],
+        latent_dim=2,
+    )
+    data = MultimodalDataset({key: rows().tensors()[0][key] for key in vae.modalities})
+    message = r"^modality 'a': expected positive scales from its encoder, found -\d.*softplus"
+    with pyro.validation_enabled(enabled), pytest.raises(ValueError, match=message):
+        fit(vae, data, epochs=1, **QUIET)
 
 
 # Stopping ---------------------------------------------------------------------------------------
@@ -359,7 +435,8 @@ def test_a_diverging_run_keeps_its_last_good_weights(good_epochs):
         )
     assert result.stopped == "diverged"
     assert result.best_epoch == good_epochs - 1
-    assert result.history.sizes.get("epoch", 0) == good_epochs
+    for name in ("loss", "gradient_norm", "learning_rate", "seconds"):
+        assert result.history[name].shape == (good_epochs,)
     assert len(seen) == good_epochs + 1
     assert equal(weights(vae), seen[-1])
 
@@ -451,6 +528,20 @@ def test_a_users_guide_trains(style, objective):
         assert all(moved)
 
 
+@pytest.mark.parametrize("name", ["mvae", "mopoe", "mwvae", "jmvae"])
+def test_a_users_guide_need_not_know_plates(name):
+    network, shapes = Network(), set()
+
+    def guide(x, observed):
+        shapes.update(mask.shape for mask in observed.values())
+        values = torch.where(observed["a"].unsqueeze(-1), x["a"], 0.0)
+        pyro.module("network", network)
+        amortised(network, {"a": values})
+
+    fit(model(name), rows(missing=True), guide=guide, epochs=1, batch_size=64, **QUIET)
+    assert shapes == {(8,), (64,)}  # the look at the first rows, and the epoch
+
+
 def test_the_weights_of_a_users_guide_are_restored_too():
     vae, network = model(), Network()
     before = weights(network)
@@ -466,6 +557,52 @@ def test_frozen_parameters_stay():
     fit(vae, rows(), epochs=1, **QUIET)
     assert equal(weights(vae.generative), before)
     assert not equal(weights(vae.experts), experts)
+
+
+# Precision -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mvae", "mmvae", "jmvae", "jnf", "nexus", "cvae", "dmvae"])
+def test_mixed_precision_is_for_encoders_and_decoders_alone(name):
+    """In a density, 8 bits are a grid of whole nats; in values of 1000.5, one of units."""
+    torch.set_default_dtype(torch.float32)
+    vae, seen, networks = model(name), [], []
+    data, _ = rows().tensors()
+    x = {"a": data["a"].float() + 1000.5, "b": data["b"].float()}
+
+    class Watched(Trace_ELBO):
+        def _get_trace(self, *args):
+            traces = super()._get_trace(*args)
+            assert not torch.is_autocast_enabled("cpu")
+            for site in (each.nodes[key] for each in traces for key in each.nodes):
+                if site["type"] == "sample" and "log_prob" in site and site["name"] != "data":
+                    seen.extend([site["value"].dtype, site["log_prob"].dtype])
+            # The observed rows, whatever their order, are those that were given.
+            values = traces[0].nodes["a"]["value"]
+            assert torch.isin(values, x["a"]).all()
+            return traces
+
+    def watch(module, inputs, output):
+        if torch.is_grad_enabled():
+            networks.append(torch.is_autocast_enabled("cpu"))
+
+    for network in (vae.experts["a_"].encoder, vae.generative.decoders["a_"]):
+        network.register_forward_hook(watch)
+    options = {"objective": Watched(), "epochs": 1, "precision": "bf16-mixed"}
+    fit(vae, MultimodalDataset(x), **options, **QUIET)
+    assert set(seen) == {torch.float32}
+    assert networks
+    assert all(networks)
+
+
+@pytest.mark.parametrize("name", ["mvae", "jmvae"])
+def test_densities_under_an_autocast_of_the_users_are_no_coarser(name):
+    torch.set_default_dtype(torch.float32)
+    vae, (x, _) = model(name), rows().tensors()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert vae.posterior(x).base_dist.scale.dtype == torch.float32
+        assert all(p.mean.dtype == torch.float32 for p in vae.decode(torch.zeros(3, 2)).values())
+        assert vae.objective().loss(vae.model, vae.guide, x) > 0  # and one-hot labels add up
 
 
 # Data ----------------------------------------------------------------------------------------
@@ -636,3 +773,11 @@ def test_an_objective_without_anything_to_train_is_refused():
     vae.requires_grad_(False)
     with pytest.raises(ValueError, match="fit: expected something to train, found no parameter"):
         fit(vae, rows(), **QUIET)
+
+
+def test_data_that_hold_the_condition_alone_are_refused():
+    vae = model("cvae")
+    data = MultimodalDataset({"b": rows().tensors()[0]["b"]})
+    message = "^fit: expected a loss that depends on .*data that CVAE scores, not only b"
+    with pytest.raises(ValueError, match=message):
+        fit(vae, data, epochs=1, **QUIET)

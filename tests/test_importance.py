@@ -16,7 +16,7 @@ from mmzoo import Modality
 from mmzoo.distributions import Mixture
 from mmzoo.exact import LinearGaussianWorld
 from mmzoo.inference import ImportanceWeightedELBO
-from mmzoo.models import MMVAE, MVAE, MoPoE
+from mmzoo.models import MMVAE, MODELS, MVAE, MoPoE
 from mmzoo.vae import Experts
 
 # A few thousand operations on numbers of order ten, each rounded to float64.
@@ -597,6 +597,40 @@ def test_biased_sticking_the_landing_of_mixtures_is_refused():
     assert losses[0] == losses[1]
     # One component each: nothing is pooled.
     objective.loss(vae.model, vae.guide, {"a": case.x["a"]})
+
+
+@pytest.mark.parametrize("bound", ["within", "pooled"])
+@pytest.mark.parametrize("whose", ["codevae", "hoelder", "user"])
+def test_doubly_reparameterised_gradients_miss_learned_weights(whose, bound):
+    vae = MODELS[whose if whose != "user" else "mvae"](world().modalities(), 1)
+    x = dict.fromkeys(NAMES[:2], torch.ones(5, 1))
+    logits = torch.zeros(2, requires_grad=True)
+
+    def guide(x, observed=None):
+        with pyro.plate("data", 5, dim=-1):
+            loc, scale = torch.zeros(5, 2, 1), torch.ones(5, 2, 1)
+            pyro.sample("z", Mixture(logits.log_softmax(-1), loc, scale))
+
+    pair = (vae.model, guide if whose == "user" else vae.guide)
+    objective = ImportanceWeightedELBO(2, bound=bound, gradient="dreg")
+    message = "^ImportanceWeightedELBO: expected components of fixed weights for gradient 'dreg'"
+    with pytest.raises(ValueError, match=message + ".*use gradient='plain'"):
+        objective.differentiable_loss(*pair, x)
+    # Without a gradient, or with one that is biased by consent, there is nothing to miss.
+    assert math.isfinite(objective.loss(*pair, x))
+    published = ImportanceWeightedELBO(2, bound=bound, gradient="dreg", as_published=True)
+    assert torch.isfinite(published.differentiable_loss(*pair, x))
+
+
+def test_rows_that_have_a_learned_mixture_as_prior_are_none_of_them():
+    vae = MMVAE(world().modalities(), 1, prior={"kind": "mixture", "components": 3})
+    x = dict.fromkeys(NAMES[:2], torch.ones(5, 1))
+    seen = dict.fromkeys(NAMES[:2], torch.arange(5) < 3)
+    objective = ImportanceWeightedELBO(2, gradient="dreg")
+    assert objective.differentiable_loss(vae.model, vae.guide, x, seen) > 0
+    nothing = dict.fromkeys(NAMES[:2], torch.zeros(5, dtype=torch.bool))
+    loss = objective.differentiable_loss(vae.model, vae.guide, x, nothing)
+    close(loss.detach(), torch.tensor(0.0))
 
 
 def test_draws_that_carry_no_gradient_are_refused():

@@ -4,15 +4,19 @@ import json
 import math
 
 import numpy as np
+import pyro
 import pyro.distributions as dist
 import pytest
 import scipy.integrate
 import scipy.stats
 import torch
 from pyro.distributions.testing.gof import auto_goodness_of_fit
-from torch import Tensor
+from pyro.infer import Trace_ELBO
+from torch import Tensor, nn
 from torch.nn.functional import one_hot, softplus
 
+from mmzoo import Modality
+from mmzoo.inference import SubsetELBO
 from mmzoo.likelihoods import (
     LIKELIHOODS,
     SCALE_FLOOR,
@@ -28,6 +32,7 @@ from mmzoo.likelihoods import (
     as_likelihood,
     likelihood_from_config,
 )
+from mmzoo.models import MVAE, VAE
 
 # Round-off of a handful of float64 operations on numbers of size one to a hundred.
 ROUND_OFF = {"rtol": 1e-12, "atol": 1e-13}
@@ -548,3 +553,66 @@ def test_what_is_no_likelihood():
         TypeError, match="^modality 'm': expected a name, a Likelihood or a callable"
     ):
         as_likelihood(3, "modality 'm'")
+
+
+# Decoders in a model ----------------------------------------------------------------------------
+
+
+class Mean(nn.Module):
+    """Features of rows of any shape."""
+
+    def forward(self, value: Tensor) -> Tensor:
+        return value.reshape(len(value), -1).mean(-1, keepdim=True)
+
+
+def squares(dim: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(dim, 9), nn.Unflatten(-1, (3, 3)))
+
+
+@pytest.mark.parametrize(
+    ("event_shape", "likelihood", "decoder", "message"),
+    [
+        ((), "normal", lambda dim: nn.Linear(dim, 1), r"\(6,\) .*found \(6, 1\); .* gave \(6, 1\)"),
+        ((3,), "normal", squares, r"\(6,\) .*found \(6, 3\); .*\(6, 3, 3\), let it give \(6, 3\)"),
+        (
+            (3,),
+            lambda out: dist.Normal(out.mean(0), 1.0),
+            lambda dim: nn.Linear(dim, 3),
+            r"\(6,\) .*found \(\); .*and the likelihood one density for each row",
+        ),
+    ],
+)
+@pytest.mark.parametrize("enabled", [True, False])
+def test_more_than_a_density_for_each_row_is_refused(
+    event_shape, likelihood, decoder, message, enabled
+):
+    """It would broadcast: a sum over pairs of rows, without a word."""
+    vae = VAE([Modality("y", event_shape, likelihood, encoder=Mean(), decoder=decoder)], 2)
+    x = {"y": torch.randn(6, *event_shape)}
+    message = f"^modality 'y': expected a density of batch shape {message}"
+    with pyro.validation_enabled(enabled), pytest.raises(ValueError, match=message):
+        Trace_ELBO().loss(vae.model, vae.guide, x)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_nobody_has_a_modality_of_a_density_of_ones_own(enabled):
+    """Torch's densities and checks of several dimensions fail for zero rows."""
+
+    def joint(loc: Tensor) -> dist.MultivariateNormal:
+        return dist.MultivariateNormal(loc, scale_tril=loc.exp().diag_embed())
+
+    vae = MVAE([Modality("a", (3,)), Modality("own", (4,), joint)], 2)
+    x = {"a": torch.randn(6, 3), "own": torch.randn(6, 4)}
+    losses = []
+    with pyro.validation_enabled(enabled):
+        for values in (x, {"a": x["a"]}):
+            observed = {"own": torch.zeros(6, dtype=torch.bool)} if "own" in values else None
+            pyro.set_rng_seed(1)
+            losses.append(SubsetELBO("all").loss(vae.model, vae.guide, values, observed))
+    assert losses[0] == losses[1]
+
+
+def test_one_number_for_each_row():
+    decoder = nn.Sequential(nn.Linear(2, 1), nn.Flatten(0))
+    vae = VAE([Modality("y", (), "normal", encoder=Mean(), decoder=decoder)], 2)
+    assert vae.likelihood("y", torch.zeros(4, 6, 2)).batch_shape == (4, 6)
