@@ -38,7 +38,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from mmzoo.batch import modality_names
-from mmzoo.evaluation.pair import Pair, check_rows, device_of, quiet
+from mmzoo.evaluation.pair import Pair, check_row_dimension, device_of, quiet
 from mmzoo.evaluation.pareto import WeightSummary
 from mmzoo.evaluation.tables import ROW_VARIABLES, table_of_rows
 from mmzoo.inference.draws import (
@@ -479,7 +479,7 @@ class _Sampler:
                 "share of the draws that the prior gives, the guide gives the others"
             )
         batch = vae.check(x, observed)
-        check_rows(vae, batch)
+        check_row_dimension(vae, batch)
         self.vae, self.guide = vae, guide
         self.x = {name: value for name, value in batch.x.items() if value is not None}
         self.num_rows = batch.shape[-1]

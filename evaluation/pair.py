@@ -41,7 +41,7 @@ __all__ = [
     "Pair",
     "PyroPair",
     "check_continuous",
-    "check_rows",
+    "check_row_dimension",
     "device_of",
     "draw_latents",
     "dtype_of",
@@ -385,7 +385,7 @@ def named_subsets(
     return list(dict.fromkeys(found))
 
 
-def check_rows(pair: Pair, batch: Batch) -> None:
+def check_row_dimension(pair: Pair, batch: Batch) -> None:
     """Refuses what the models take for training, but no row has: dimensions left of the rows.
 
     Raises:
@@ -410,7 +410,7 @@ def row_masks(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
     """The checked values, a mask ``(N,)`` for *every* modality of the pair, and N."""
     batch = pair.check(x, observed)
-    check_rows(pair, batch)
+    check_row_dimension(pair, batch)
     rows = batch.shape[-1]
     blank = torch.ones(rows, dtype=torch.bool, device=batch.device)
     masks = {}

@@ -120,13 +120,16 @@ def fit(
         The history, why the run ended, and which epoch's weights the model has.
 
     Raises:
-        ValueError: For data that do not fit the model, a row with nothing observed, or what Pyro's
-            validation finds on the first rows; none is done after them.
+        TypeError: For rows that are no :class:`mmzoo.data.MultimodalDataset`.
+        ValueError: For settings out of range, data that do not fit the model, a row with nothing
+            observed, or what Pyro's validation finds on the first rows; none is done after them.
     """
     from lightning.fabric import Fabric
 
     if epochs < 1 or batch_size < 1:
         raise ValueError(f"fit: expected epochs, batch_size >= 1, found {epochs}, {batch_size}")
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"fit: expected a positive learning_rate, found {learning_rate}")
     if patience is not None and validation is None:
         raise ValueError(
             "fit: expected validation rows for patience, found none; pass validation=…"
@@ -156,6 +159,11 @@ def fit(
 
 def check_rows(vae: MultimodalVAE, rows: MultimodalDataset, what: str) -> None:
     """Looks at every value once, and rejects rows with nothing observed."""
+    if not isinstance(rows, MultimodalDataset):
+        raise TypeError(
+            f"fit {what}: expected a MultimodalDataset, found {type(rows).__name__}; a dict of "
+            "arrays becomes one by MultimodalDataset(arrays, observed)"
+        )
     for start in range(0, len(rows), _KEPT_CHECK_ROWS):
         x, observed = rows.batch(np.arange(start, min(start + _KEPT_CHECK_ROWS, len(rows))))
         batch = check_batch(vae.modalities, x, observed, values=True)

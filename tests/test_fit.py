@@ -734,6 +734,7 @@ class Affine(nn.Module):
     [
         ({"epochs": 0}, "fit: expected epochs, batch_size >= 1, found 0, 128"),
         ({"batch_size": 0}, "fit: expected epochs, batch_size >= 1, found 50, 0"),
+        ({"learning_rate": math.nan}, "fit: expected a positive learning_rate, found nan"),
         (
             {"patience": 3},
             "fit: expected validation rows for patience, found none; pass validation",
@@ -743,6 +744,14 @@ class Affine(nn.Module):
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         fit(model(), rows(), **options, **QUIET)
+
+
+@pytest.mark.parametrize("where", ["train", "validation"])
+def test_a_dict_is_no_data_set(where):
+    x, _ = rows().tensors()
+    data = {"train": rows(), "validation": rows(), where: x}
+    with pytest.raises(TypeError, match=f"fit {where}: expected a MultimodalDataset, found dict"):
+        fit(model(), data["train"], validation=data["validation"], **QUIET)
 
 
 @pytest.mark.parametrize("where", ["train", "validation"])
