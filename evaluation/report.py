@@ -260,6 +260,7 @@ def _notes(table: xr.Dataset) -> str:
             "‡ A probability above one: this is the difference of two estimates, and the one that "
             "is subtracted is too low."
         )
+    notes += table.attrs.get("remarks", ())
     flagged = [
         f"{model}, {quantity}: {_percent(float(cell['pareto_k']))}"
         for model in table["model"].values

@@ -75,6 +75,7 @@ __all__ = [
 OnChunk = Callable[[str, int, int], None]
 _KEPT_ROWS, _KEPT_DRAWS = 100, 100  # of evaluation.nc
 _PICTURE_ROWS, _PLANE_ROWS = 10, 1000
+_SETTINGS = ("num_samples", "prior_share")  # of an evaluation; rows are the same without them
 _ACCURACY_DRAWS, _ACCURACY_ROWS = 100, 256
 _MODEL_FILES = (
     "config.json",
@@ -216,35 +217,52 @@ def prepare_folder(
         ValueError: If the folder holds a run already, or another one than is to be resumed.
     """
     path = folder / "config.toml"
-    if path.exists() and not overwrite:
+    if overwrite:
+        _clear(folder, config)
+    elif finished := _finished(folder):
         if not resume:
             raise ValueError(
                 f"{folder}: holds a run already; add --resume to keep its finished models, "
                 "--overwrite to start again, or choose another --out"
             )
-        _check_same(folder, read_config(path)[1], config)
-    if overwrite:
-        _clear(folder, config)
+        if path.exists() and (wrote := read_config(path)[0]) != command:
+            raise ValueError(
+                f"{folder}: expected a run of mmzoo {command}, found one of mmzoo {wrote}; "
+                f"repeat it with mmzoo {wrote}, or choose another --out"
+            )
+        for each in finished:
+            _check_same(each, read_config(each / "config.toml")[1], config, alone=each == folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_config(config, command, path)
 
 
-def _check_same(folder: Path, before: RunConfig, now: RunConfig) -> None:
+def _finished(folder: Path) -> list[Path]:
+    """The folders of trained models: the folder of a run itself, or those of a comparison."""
+    places = (folder, *(folder / model for model in MODELS))
+    return [each for each in places if (each / "history.nc").is_file()]
+
+
+def _check_same(folder: Path, before: RunConfig, now: RunConfig, *, alone: bool) -> None:
+    """Whether a trained model is the one that would be trained; options of others are free."""
+    way_out = "repeat it as it was, start again with --overwrite, or choose another --out"
     free = ("models", "options", "root", "threads", "device")
     for field in dataclasses.fields(RunConfig):
         old, new = getattr(before, field.name), getattr(now, field.name)
         if field.name not in free and old != new:
             raise ValueError(
-                f"{folder}: was made with {field.name} = {old!r}, now it is {new!r}; repeat it as "
-                "it was, start again with --overwrite, or choose another --out"
+                f"{folder}: was made with {field.name} = {old!r}, now it is {new!r}; {way_out}"
             )
-    for model in set(before.models) & set(now.models):
-        old, new = (dict(each.options.get(model, {})) for each in (before, now))
-        if old != new:
-            raise ValueError(
-                f"{folder}: {model} was made with the options {old}, now they are {new}; repeat it "
-                "as it was, start again with --overwrite, or choose another --out"
-            )
+    model = now.models[0] if alone else folder.name
+    if before.models != (model,):
+        raise ValueError(
+            f"{folder}: expected a run of {model}, found one of {', '.join(before.models)}; "
+            f"{way_out}"
+        )
+    old, new = (dict(each.options.get(model, {})) for each in (before, now))
+    if model in now.models and old != new:
+        raise ValueError(
+            f"{folder}: {model} was made with the options {old}, now they are {new}; {way_out}"
+        )
 
 
 def _clear(folder: Path, config: RunConfig) -> None:
@@ -541,7 +559,7 @@ def _right(
 
 
 def merge_tables(runs: Sequence[Run]) -> xr.Dataset:
-    """One table of evaluated models.
+    """One table of evaluated models; its attribute ``remarks`` says what a reader must know.
 
     Raises:
         ValueError: For a model that was not evaluated, or evaluations of different rows.
@@ -555,16 +573,29 @@ def merge_tables(runs: Sequence[Run]) -> xr.Dataset:
                 f"mmzoo evaluate {run.folder}"
             )
         tables.append(run.table.assign_coords(model=[title]))
-    sampling = ("num_samples", "prior_share", "seed")
     for run, table in zip(runs, tables, strict=True):
         for key, value in tables[0].attrs.items():
-            if table.attrs.get(key) != value and key not in sampling:
+            if table.attrs.get(key) != value and key not in (*_SETTINGS, "seed"):
                 raise ValueError(
                     f"run {run.folder}: expected likelihoods of the same rows as in "
                     f"{runs[0].folder}, found {key} = {table.attrs.get(key)} instead of "
                     f"{value}; compare runs of one data set, seed and size"
                 )
-    return xr.concat(tables, "model", join="outer", combine_attrs="override")
+    merged = xr.concat(tables, "model", join="outer", combine_attrs="override")
+    if remark := _unlike(dict(zip(titles, tables, strict=True))):
+        for key in _SETTINGS:
+            merged.attrs.pop(key, None)
+        merged.attrs["remarks"] = [remark]
+    return merged
+
+
+def _unlike(tables: Mapping[str, xr.Dataset]) -> str:
+    """With which settings each model was evaluated, if they are not the same."""
+    found = {k: [each.attrs.get(key, 0) for key in _SETTINGS] for k, each in tables.items()}
+    if len(set(map(tuple, found.values()))) == 1:
+        return ""
+    each = (f"{k} {num} ({100 * share:g} %)" for k, (num, share) in found.items())
+    return f"Importance samples (share of them from the prior): {', '.join(each)}."
 
 
 def _titles(runs: Sequence[Run]) -> list[str]:
@@ -653,9 +684,11 @@ def _write_tables(table: xr.Dataset, folder: Path) -> None:
 
 def _lead(table: xr.Dataset, config: RunConfig) -> str:
     info = DATASETS[config.data]
+    count = table.attrs.get("num_samples")
+    samples = "importance sampling" if count is None else f"{count} importance samples each"
     return (
-        f"{info.description} Likelihoods of {table.attrs['rows']} test rows with "
-        f"{table.attrs['num_samples']} importance samples each. Data: {info.source}, {info.url}"
+        f"{info.description} Likelihoods of {table.attrs['rows']} test rows with {samples}. "
+        f"Data: {info.source}, {info.url}"
     )
 
 

@@ -248,6 +248,17 @@ def test_unreliable_cells_are_marked(compared: Path) -> None:
     assert "not reliable" in runs_module.table_note(table)
 
 
+def test_settings_that_differ_are_told(compared: Path) -> None:
+    shutil.copytree(compared, "run")
+    assert "8 importance samples each, 20 % of them" in Path("run/table.md").read_text()
+    works("evaluate", "run/mmvae", "--num-samples", 5, "--prior-share", 0, "--no-checks")
+    works("report", "run")
+    told = "Importance samples (share of them from the prior): MVAE 8 (20 %), MMVAE 5 (0 %)."
+    text = Path("run/table.md").read_text()
+    assert text.count(told) == 1 and "each, 20 %" not in text
+    assert told in Path("run/report.html").read_text()
+
+
 # Interruption -------------------------------------------------------------------------------------
 
 
@@ -588,6 +599,36 @@ def test_finished_runs_are_not_overwritten(compared: Path) -> None:
     changed = fails(*TWO, "--option", "mvae.beta=3", "--out", compared, "--resume")
     assert "mvae was made with the options {}" in changed
     assert (compared / "table.csv").read_bytes() == before
+
+
+def test_weights_of_another_run_are_not_taken() -> None:
+    works("train", "mvae", *TINY, "--option", "beta=50", "--out", "run/mvae")
+    command = ("compare", *TINY, "--models", "mvae,jmvae", "--out", "run")
+    assert "run: holds a run already; add --resume" in fails(*command)
+    said = fails(*command, "--resume")
+    assert "run/mvae: mvae was made with the options {'beta': 50}, now they are {}" in said
+    said = fails(*command, "--resume", "--option", "mvae.beta=50", "--epochs", 2)
+    assert "run/mvae: was made with epochs = 1, now it is 2" in said
+    assert not Path("run/config.toml").exists() and not Path("run/jmvae").exists()
+    shutil.move("run/mvae", "run/jmvae")
+    assert "run/jmvae: expected a run of jmvae, found one of mvae" in fails(*command, "--resume")
+
+
+def test_options_of_a_model_that_an_earlier_resume_left_out() -> None:
+    def command(models: str, *rest: str) -> list[str]:
+        return ["compare", *TINY, "--no-checks", "--models", models, "--out", "run", *rest]
+
+    works(*command("mvae", "--option", "mvae.beta=50"))
+    works(*command("jmvae", "--resume"))
+    said = fails(*command("mvae,jmvae", "--resume"))
+    assert "run/mvae: mvae was made with the options {'beta': 50}, now they are {}" in said
+
+
+def test_a_folder_of_the_other_command(compared: Path) -> None:
+    said = fails(*TRAIN, "--out", compared, "--resume")
+    assert "expected a run of mmzoo train, found one of mmzoo compare" in said
+    said = fails(*TWO, "--out", compared / "mvae", "--resume")
+    assert "expected a run of mmzoo compare, found one of mmzoo train" in said
 
 
 def test_config_of_another_command(compared: Path) -> None:
