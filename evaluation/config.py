@@ -153,8 +153,18 @@ class RunConfig:
         return cls(data=data, **{**sizes, **given})
 
     def replace(self, **given: Any) -> RunConfig:
-        """A copy with what is given and not None."""
+        """A copy with what is given and not None; fractions and options are added one by one.
+
+        Options of models that are no longer among `models` are left out.
+        """
         given = {key: value for key, value in given.items() if value is not None}
+        given["missing"] = {**self.missing, **given.get("missing", {})}
+        new = given.get("options", {})
+        given["options"] = {
+            model: {**self.options.get(model, {}), **new.get(model, {})}
+            for model in given.get("models", self.models)
+            if model in self.options or model in new
+        }
         if given.get("network", self.network) != "mlp":
             given = {"hidden": (), **given}
         return dataclasses.replace(self, **given)

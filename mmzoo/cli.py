@@ -283,8 +283,9 @@ def train(
 
     given = _given(locals())
     if model is not None:
-        given |= {"models": (model,), "options": _options(option, [model], nested=False)}
+        given["models"] = (model,)
     made = _configure("train", config, data, given)
+    made = made.replace(options=_options(option, made.models, nested=False))
     name = made.models[0]
     folder = out or Path("runs") / f"{made.data}-{name}"
     rows = _prepare(made, folder, "train", resume, overwrite)
@@ -383,8 +384,8 @@ def compare(
         chosen = _models_for(config, data, given)
     if chosen is not None:
         given["models"] = tuple(chosen)
-    given["options"] = _options(option, chosen, nested=True)
     made = _configure("compare", config, data, given)
+    made = made.replace(options=_options(option, made.models, nested=True))
     folder = out or Path("runs") / made.data
     rows = _prepare(made, folder, "compare", resume, overwrite)
     with _interruptible(folder, made):
@@ -471,12 +472,9 @@ def _fractions(texts: Sequence[str] | None) -> dict[str, float] | None:
 
 
 def _options(
-    texts: Sequence[str] | None, models: Sequence[str] | None, *, nested: bool
+    texts: Sequence[str] | None, models: Sequence[str], *, nested: bool
 ) -> dict[str, dict[str, Any]] | None:
     """Options by model; values are TOML, or else text."""
-    from mmzoo.evaluation.config import DEFAULT_MODELS
-
-    models = DEFAULT_MODELS if models is None else models
     options: dict[str, dict[str, Any]] = {}
     for name, value in (_pair("--option", text) for text in texts or ()):
         model, dot, key = name.partition(".") if nested else (models[0], ".", name)

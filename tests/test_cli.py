@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 import xarray as xr
 from conftest import ROOT
 from typer.testing import CliRunner, Result
@@ -377,6 +378,36 @@ def test_command_line_of_a_config_repeats_it(monkeypatch: pytest.MonkeyPatch) ->
     for command in ("train", "compare"):
         call(*shlex.split(config.command(command))[1:])
     assert found == [config, config]
+
+
+def test_options_are_added_to_those_of_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RunConfig.make(
+        "digits",
+        models=("mwvae", "mopoe"),
+        missing={"label": 0.25},
+        options={"mwvae": {"alignment_weight": 2.5}, "mopoe": {"beta": 1}},
+    )
+    write_config(config, "compare", "several.toml")
+    write_config(config.only("mwvae"), "train", "single.toml")
+    found: list[RunConfig] = []
+
+    def prepare(made: RunConfig, *rest: object) -> None:
+        found.append(made)
+        raise typer.Exit
+
+    monkeypatch.setattr(cli, "_prepare", prepare)
+    several = ("compare", "--config", "several.toml", "--option", "mwvae.beta=2")
+    call(*several, "--missing", "image=0.5", "--missing", "label=0.75")
+    call(*several, "--option", "mwvae.alignment_weight=3", "--models", "mwvae")
+    call("train", "--config", "single.toml", "--option", "beta=2")
+    both, one, single = found
+    assert both.options == {"mwvae": {"alignment_weight": 2.5, "beta": 2}, "mopoe": {"beta": 1}}
+    assert both.missing == {"label": 0.75, "image": 0.5}
+    assert one.models == ("mwvae",)
+    assert one.options == {"mwvae": {"alignment_weight": 3, "beta": 2}}
+    assert single.options == {"mwvae": {"alignment_weight": 2.5, "beta": 2}}
+    said = fails("compare", "--config", "several.toml", "--option", "mvae.beta=2")
+    assert "with one of the models mwvae, mopoe" in said
 
 
 # Configurations -----------------------------------------------------------------------------------
