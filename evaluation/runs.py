@@ -18,7 +18,8 @@ import inspect
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,7 @@ from mmzoo.evaluation.tables import (
     to_markdown,
 )
 from mmzoo.inference import SubsetELBO, fit
+from mmzoo.inference.objective import ObjectiveModule
 from mmzoo.modality import Modality
 from mmzoo.models import MODELS
 from mmzoo.networks import is_image
@@ -59,6 +61,7 @@ __all__ = [
     "FLAGGED_SHARE",
     "Run",
     "build",
+    "check_step",
     "class_accuracy",
     "evaluate_run",
     "load_data",
@@ -73,6 +76,7 @@ __all__ = [
 ]
 
 OnChunk = Callable[[str, int, int], None]
+_CHECKED_ROWS = 8
 _KEPT_ROWS, _KEPT_DRAWS = 100, 100  # of evaluation.nc
 _PICTURE_ROWS, _PLANE_ROWS = 10, 1000
 _SETTINGS = ("num_samples", "prior_share")  # of an evaluation; rows are the same without them
@@ -163,14 +167,40 @@ def build(
             f"{', '.join(sorted(ours | theirs))}"
         )
     parts = [_with_networks(config, modality) for modality in modalities]
+    with _blaming_options(model, options), seeded(config.seed):
+        own = {key: value for key, value in options.items() if key in ours}
+        vae = cls(parts, config.latent_dim, **own)
+        return vae, vae.objective(**{k: v for k, v in options.items() if k not in ours})
+
+
+@contextmanager
+def _blaming_options(model: str, options: Mapping[str, Any]) -> Iterator[None]:
+    """What goes wrong within it is laid on the options, if there are any."""
     try:
-        with seeded(config.seed):
-            own = {key: value for key, value in options.items() if key in ours}
-            vae = cls(parts, config.latent_dim, **own)
-        objective = vae.objective(**{k: v for k, v in options.items() if k not in ours})
-    except TypeError as error:
-        raise ValueError(f"options of {model}: {error}; check {options}") from error
-    return vae, objective
+        yield
+    except Exception as error:
+        if not options:
+            raise
+        reason = str(error).split("Trace Shapes:")[0].strip()  # Pyro adds the shapes of all sites
+        raise ValueError(f"options of {model}: {reason}; check {dict(options)}") from error
+
+
+def check_step(config: RunConfig, model: str, rows: MultimodalDataset) -> None:
+    """Takes a loss of a few rows, so that a value that an option cannot have is found at once.
+
+    Args:
+        config: The configuration.
+        model: Which of its models.
+        rows: The training rows.
+
+    Raises:
+        ValueError: For an unknown model or option, a value of an option that the objective cannot
+            work with, or modalities that the model cannot take.
+    """
+    vae, objective = build(config, model, rows.modalities or ())
+    x, observed = rows.batch(range(min(len(rows), _CHECKED_ROWS)))
+    with _blaming_options(model, config.options.get(model, {})), seeded(config.seed):
+        ObjectiveModule(vae.model, vae.guide, objective)(x, observed)
 
 
 def _keywords(function: Callable[..., Any]) -> set[str]:

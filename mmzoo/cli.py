@@ -515,7 +515,7 @@ def _prepare(
     config: RunConfig, folder: Path, command: str, resume: bool, overwrite: bool
 ) -> tuple[Any, Any]:
     """Everything that can go wrong goes wrong here, before the first model is trained."""
-    from mmzoo.evaluation.runs import build, load_data, model_class, prepare_folder
+    from mmzoo.evaluation.runs import check_step, load_data, model_class, prepare_folder
 
     for name in config.models:
         model_class(name)
@@ -524,7 +524,7 @@ def _prepare(
     _check_data(config.data)
     rows = load_data(config)
     for name in config.models:
-        build(config, name, rows[0].modalities or ())
+        check_step(config, name, rows[0])
     prepare_folder(folder, config, command, resume=resume, overwrite=overwrite)
     return rows
 

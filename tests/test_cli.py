@@ -662,6 +662,39 @@ def test_a_folder_of_the_other_command(compared: Path) -> None:
     assert "expected a run of mmzoo compare, found one of mmzoo train" in said
 
 
+def test_a_bad_option_is_found_before_the_first_model_is_trained() -> None:
+    said = fails(*TWO, "--option", "mmvae.beta=1", "--out", "run")
+    assert "option 'beta': unknown to mmvae" in said
+    command = ("compare", *TINY, "--no-checks", "--models", "mvae,mwvae", "--out", "run")
+    said = fails(*command, "--option", "mwvae.beta=abc")
+    assert "options of mwvae: SubsetELBO: expected beta >= 0, found 'abc' at step 0; check" in said
+    assert not Path("run").exists()
+    works(*command, "--option", "mwvae.beta=1")
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["beta=[1,2]", "beta=nan", "beta=-1", "num_random=1.5", "num_random=-1"]
+    + [f"modality_weights={{label={weight}}}" for weight in ('"a"', "-3")],
+)
+def test_bad_values_of_options(option: str) -> None:
+    said = fails(*TRAIN, "--option", option)
+    assert "options of mvae: " in said and f"check {{'{option.partition('=')[0]}'" in said
+    assert not list(Path().iterdir())
+
+
+def test_a_failed_training_does_not_block_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("fit: expected better luck")
+
+    for command in (("train", "mvae"), ("compare", "--models", "mvae", "--no-checks")):
+        words = (*command, *TINY, "--out", command[0])
+        with monkeypatch.context() as patch:
+            patch.setattr(runs_module, "fit", broken)
+            assert "expected better luck" in fails(*words)
+        works(*words, "--seed", 1, *(["--resume"] if command[0] == "compare" else []))
+
+
 def test_config_of_another_command(compared: Path) -> None:
     said = fails("train", "--config", compared / "config.toml")
     assert "was written by mmzoo compare; use mmzoo compare --config" in said
