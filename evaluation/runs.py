@@ -166,6 +166,11 @@ def build(
             f"option {unknown[0]!r}: unknown to {model}; its options: "
             f"{', '.join(sorted(ours | theirs))}"
         )
+    for name in sorted(_flags(cls) & set(options)):
+        if not isinstance(options[name], bool):
+            raise ValueError(
+                f"options of {model}: expected true or false for {name}, found {options[name]!r}"
+            )
     parts = [_with_networks(config, modality) for modality in modalities]
     with _blaming_options(model, options), seeded(config.seed):
         own = {key: value for key, value in options.items() if key in ours}
@@ -206,6 +211,20 @@ def check_step(config: RunConfig, model: str, rows: MultimodalDataset) -> None:
 def _keywords(function: Callable[..., Any]) -> set[str]:
     parameters = inspect.signature(function).parameters.values()
     return {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
+
+
+def _flags(cls: type[MultimodalVAE]) -> set[str]:
+    """Options of a model and its objective that are true or false."""
+    constructors = [each.__init__ for each in cls.__mro__ if issubclass(each, MultimodalVAE)]
+    functions: list[Callable[..., Any]] = [*constructors, cls.objective]
+    if _is_open(cls.objective):
+        functions.append(SubsetELBO)
+    return {
+        each.name
+        for function in functions
+        for each in inspect.signature(function).parameters.values()
+        if isinstance(each.default, bool)
+    }
 
 
 def _is_open(function: Callable[..., Any]) -> bool:

@@ -488,6 +488,8 @@ def _options(
 
 
 def _parse(text: str) -> Any:
+    if text.lower() in ("true", "false"):  # TOML has no capitals, Python has
+        return text.lower() == "true"
     try:
         values = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:

@@ -410,6 +410,14 @@ def test_options_are_added_to_those_of_a_config(monkeypatch: pytest.MonkeyPatch)
     assert "with one of the models mwvae, mopoe" in said
 
 
+@pytest.mark.parametrize("text", ["True", "False", "true", "FALSE"])
+def test_true_and_false_in_any_case(text: str) -> None:
+    works(*TRAIN, "--option", f"learned_prior={text}", "--out", "run")
+    wanted = text.lower() == "true"
+    assert read_config("run/config.toml")[1].options == {"mvae": {"learned_prior": wanted}}
+    assert read_run("run")[0].vae.options["learned_prior"] is wanted
+
+
 # Configurations -----------------------------------------------------------------------------------
 
 
@@ -588,6 +596,11 @@ BAD = {
         ["train", "mmvae", *TINY, "--option", "num_samples=x"],
         "check {'num_samples': 'x'}",
     ),
+    "option flag": (
+        [*TRAIN, "--option", "learned_prior=1"],
+        "options of mvae: expected true or false for learned_prior, found 1",
+    ),
+    "option flag text": ([*TRAIN, "--option", "vectorized=no"], "true or false for vectorized"),
     "option model": ([*TWO, "--option", "beta=2"], "expected MODEL.name=value with one of the"),
     "modalities": (["train", "vae", *TINY], "see `mmzoo models` for what each model takes"),
 }
