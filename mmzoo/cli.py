@@ -341,6 +341,7 @@ def evaluate(
 
 @app.command()
 def compare(
+    context: typer.Context,
     runs: Annotated[list[Path] | None, typer.Argument(help="Evaluated runs.")] = None,
     data: _Data = None,
     models: Annotated[
@@ -374,6 +375,7 @@ def compare(
     from mmzoo.evaluation.checks import default_classifiers
 
     if runs:
+        _only_given(context, ("runs", "out"))
         _compare_runs(runs, out)
         return
     given = _given(locals())
@@ -402,9 +404,17 @@ def compare(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Evaluated runs.")],
-    out: _Out = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder of the report; needed for more than one run."),
+    ] = None,
 ) -> None:
     """Write tables, pictures and one self-contained page about evaluated runs."""
+    if out is None and len(runs) > 1:
+        raise ValueError(
+            f"report: expected --out with {len(runs)} runs, found none; name the folder of the "
+            "report about them all"
+        )
     folder = out or runs[0]
     read = _read_runs(runs)
     _summarise(read, folder, f"mmzoo report {' '.join(map(str, runs))}", show=False)
@@ -432,6 +442,21 @@ def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
     given["hidden"] = tuple(arguments["hidden"] or ()) or None
     given["missing"] = _fractions(arguments["missing"])
     return given
+
+
+def _only_given(context: typer.Context, allowed: Sequence[str]) -> None:
+    """Refuses what the command line says, not the environment, beside the allowed arguments."""
+    others = [
+        param.opts[0]
+        for param in context.command.params
+        if param.name not in allowed
+        and getattr(context.get_parameter_source(param.name or ""), "name", "") == "COMMANDLINE"
+    ]
+    if others:
+        raise ValueError(
+            f"compare: expected RUN folders or what to train, found both: {', '.join(others)}; "
+            "leave out one of them (finished runs are compared as they are)"
+        )
 
 
 def _pair(flag: str, text: str) -> tuple[str, str]:

@@ -563,6 +563,12 @@ BAD = {
     ),
     "no run": (["evaluate", "nowhere"], "run nowhere: expected a folder with config.toml"),
     "no run to compare": (["compare", "nowhere"], "run nowhere: expected a folder with config"),
+    "runs and training": (
+        ["compare", "some", *TINY, "--models", "mvae", "--option", "mvae.beta=2"],
+        "found both: --data, --models, --epochs, --latent-dim, --hidden, --limit, --option",
+    ),
+    "runs and resume": (["compare", "some", "--resume"], "found both: --resume; leave out one"),
+    "report of several": (["report", "a", "b"], "report: expected --out with 2 runs, found none"),
     "no run to report": (["report", "nowhere"], "run nowhere: expected a folder with config"),
     "no config": (["train", "--config", "nowhere"], "nowhere: expected the config.toml of a run"),
     "command": (["frobnicate"], "No such command 'frobnicate'"),
