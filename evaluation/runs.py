@@ -79,6 +79,7 @@ OnChunk = Callable[[str, int, int], None]
 _CHECKED_ROWS = 8
 _KEPT_ROWS, _KEPT_DRAWS = 100, 100  # of evaluation.nc
 _PICTURE_ROWS, _PLANE_ROWS = 10, 1000
+_DIVERGED = "(diverged): training stopped since the loss was not finite; not to be compared."
 _SETTINGS = ("num_samples", "prior_share")  # of an evaluation; rows are the same without them
 _ACCURACY_DRAWS, _ACCURACY_ROWS = 100, 256
 _MODEL_FILES = (
@@ -111,6 +112,11 @@ class Run:
     history: xr.Dataset
     table: xr.Dataset | None
     checks: xr.DataTree | None = None
+
+    @property
+    def diverged(self) -> bool:
+        """Whether training stopped since the loss was not finite."""
+        return bool(self.history.attrs.get("stopped") == "diverged")
 
 
 # Making -----------------------------------------------------------------------------------------
@@ -631,10 +637,13 @@ def merge_tables(runs: Sequence[Run]) -> xr.Dataset:
                     f"{value}; compare runs of one data set, seed and size"
                 )
     merged = xr.concat(tables, "model", join="outer", combine_attrs="override")
-    if remark := _unlike(dict(zip(titles, tables, strict=True))):
+    unlike = _unlike(dict(zip(titles, tables, strict=True)))
+    if unlike:
         for key in _SETTINGS:
             merged.attrs.pop(key, None)
-        merged.attrs["remarks"] = [remark]
+    diverged = any(run.diverged for run in runs)
+    remarks = (unlike, _DIVERGED * diverged)
+    merged.attrs["remarks"] = [remark for remark in remarks if remark]
     return merged
 
 
@@ -648,8 +657,8 @@ def _unlike(tables: Mapping[str, xr.Dataset]) -> str:
 
 
 def _titles(runs: Sequence[Run]) -> list[str]:
-    """Title of each model; the folder is added where two would have the same."""
-    titles = [run.vae.title for run in runs]
+    """Title of each model, and whether it diverged; the folder is added where two are the same."""
+    titles = [run.vae.title + " (diverged)" * run.diverged for run in runs]
     return [
         title if titles.count(title) == 1 else f"{title} ({run.folder})"
         for title, run in zip(titles, runs, strict=True)
@@ -685,10 +694,16 @@ def write_summary(
     table = merge_tables(runs)
     folder.mkdir(parents=True, exist_ok=True)
     _write_tables(table, folder)
-    histories = dict(zip(_titles(runs), (run.history for run in runs), strict=True))
+    histories = {  # a model may diverge before there is anything to draw
+        title: run.history
+        for title, run in zip(_titles(runs), runs, strict=True)
+        if run.history.sizes.get("epoch", 0)
+    }
     pictures = folder / "figures"
     pictures.mkdir(exist_ok=True)
-    _save_figure(training_figure(histories), pictures / "training.png")
+    (pictures / "training.png").unlink(missing_ok=True)
+    if histories:
+        _save_figure(training_figure(histories), pictures / "training.png")
     _save_figure(plot_likelihood_table(table), pictures / "likelihoods.png")
     _, test = load_data(runs[0].config)
     captions = {}

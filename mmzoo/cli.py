@@ -10,6 +10,7 @@ import functools
 import math
 import sys
 import tomllib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main"]
 
-_ERROR, _INTERRUPTED = 2, 130
+_DIVERGED, _ERROR, _INTERRUPTED = 1, 2, 130
 _EXPECTED = (ValueError, TypeError, OSError)
 
 
@@ -279,7 +280,7 @@ def train(
     overwrite: _Overwrite = False,
 ) -> None:
     """Train one model and keep it in a run folder."""
-    from mmzoo.evaluation.runs import read_run, train_run
+    from mmzoo.evaluation.runs import read_run
 
     given = _given(locals())
     if model is not None:
@@ -290,12 +291,14 @@ def train(
     folder = out or Path("runs") / f"{made.data}-{name}"
     rows = _prepare(made, folder, "train", resume, overwrite)
     if resume and (folder / "history.nc").is_file():
-        read_run(folder)
+        run = read_run(folder)[0]
         print(f"{folder}: is trained already")
-        return
-    with _interruptible(folder, made, single=True):
-        train_run(made, name, folder, data=rows)
-    print(f"Kept in {folder}. Next: mmzoo evaluate {folder}")
+    else:
+        with _interruptible(folder, made, single=True):
+            run = _train(made, name, folder, rows)
+        print(f"Kept in {folder}. Next: mmzoo evaluate {folder}")
+    if run.diverged:
+        raise typer.Exit(_DIVERGED)
 
 
 @app.command()
@@ -573,6 +576,24 @@ def _check_device(device: str) -> None:
 # Work ---------------------------------------------------------------------------------------------
 
 
+def _train(config: RunConfig, model: str, folder: Path, rows: tuple[Any, Any]) -> Run:
+    """A trained model; says in a line of its own if it diverged."""
+    from mmzoo.evaluation.runs import train_run
+
+    with warnings.catch_warnings():
+        # fit's own and Pyro's about a loss that is not finite, said below.
+        warnings.filterwarnings("ignore", message="fit: the loss of|Encountered ")
+        run = train_run(config, model, folder, data=rows)
+    if run.diverged:
+        print(
+            f"mmzoo: {run.vae.title}: training stopped in epoch "
+            f"{run.history.sizes.get('epoch', 0) + 1} since the loss is not finite; kept are its "
+            f"last good weights. Try a --learning-rate below {config.learning_rate:g}",
+            file=sys.stderr,
+        )
+    return run
+
+
 def _finish(
     config: RunConfig,
     model: str,
@@ -581,7 +602,7 @@ def _finish(
     classifiers: Callable[[], Mapping[str, Any] | None],
 ) -> Run:
     """A trained and evaluated model, from its folder as far as it is there."""
-    from mmzoo.evaluation.runs import evaluate_run, read_run, train_run
+    from mmzoo.evaluation.runs import evaluate_run, read_run
 
     if (folder / "history.nc").is_file():
         run = read_run(folder)[0]
@@ -589,7 +610,7 @@ def _finish(
             print(f"{run.vae.title}: finished already, from {folder}")
             return run
     else:
-        run = train_run(config, model, folder, data=rows)
+        run = _train(config, model, folder, rows)
     judges = classifiers()
     with _evaluation_bar(run, len(rows[1])) as on_chunk:
         return evaluate_run(

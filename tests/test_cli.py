@@ -260,6 +260,36 @@ def test_settings_that_differ_are_told(compared: Path) -> None:
     assert told in Path("run/report.html").read_text()
 
 
+DIVERGING = (*TINY, "--batch-size", 4, "--learning-rate", "1e300")
+
+
+def test_a_diverged_training_is_told() -> None:
+    result = call("train", "mvae", *DIVERGING, "--out", "run")
+    assert result.exit_code == 1
+    said = "mmzoo: MVAE: training stopped in epoch 1 since the loss is not finite; kept are its"
+    assert result.stderr.startswith(said) and result.stderr.count("\n") == 1
+    assert call("train", "mvae", *DIVERGING, "--out", "run", "--resume").exit_code == 1
+    works("evaluate", "run", "--no-checks")
+    works("report", "run")
+    for name in ("table.md", "report.html"):
+        text = Path("run", name).read_text()
+        assert "MVAE (diverged)" in text and "stopped since the loss was not finite" in text
+    assert "<h2>Training</h2>" not in Path("run/report.html").read_text()
+
+
+def test_a_diverged_model_of_a_comparison_is_marked(compared: Path) -> None:
+    shutil.copytree(compared, "run")
+    path = Path("run/mvae/history.nc")
+    with xr.open_dataset(path) as history:
+        stopped = history.load().isel(epoch=slice(0))
+    stopped.attrs["stopped"] = "diverged"
+    stopped.to_netcdf(path, engine="h5netcdf")
+    shown = works("compare", "run", "--out", "run")
+    assert shown.count("MVAE (diverged)") == shown.count("MMVAE") > 0
+    assert "MVAE (diverged)," in Path("run/table.csv").read_text()
+    assert "<h2>Training</h2>" in Path("run/report.html").read_text()
+
+
 # Interruption -------------------------------------------------------------------------------------
 
 
