@@ -72,6 +72,7 @@ __all__ = [
     "table_cells",
     "table_note",
     "train_run",
+    "unfinished_models",
     "write_summary",
 ]
 
@@ -294,7 +295,11 @@ def prepare_folder(
 def _finished(folder: Path) -> list[Path]:
     """The folders of trained models: the folder of a run itself, or those of a comparison."""
     places = (folder, *(folder / model for model in MODELS))
-    return [each for each in places if (each / "history.nc").is_file()]
+    return [each for each in places if _is_trained(each)]
+
+
+def _is_trained(folder: Path) -> bool:
+    return (folder / "history.nc").is_file()
 
 
 def _check_same(folder: Path, before: RunConfig, now: RunConfig, *, alone: bool) -> None:
@@ -386,8 +391,7 @@ def read_run(folder: str | os.PathLike[str]) -> list[Run]:
     command, config = read_config(folder / "config.toml")
     if command == "train":
         return [_read_model(folder, config)]
-    known = [folder / model for model in config.models]
-    trained = [each for each in known if (each / "history.nc").is_file()]
+    trained = [folder / model for model in config.models if _is_trained(folder / model)]
     if not trained:
         raise ValueError(
             f"run {folder}: expected a trained model, found none; finish it with "
@@ -396,8 +400,18 @@ def read_run(folder: str | os.PathLike[str]) -> list[Run]:
     return [run for each in trained for run in read_run(each)]
 
 
+def unfinished_models(folder: str | os.PathLike[str]) -> list[str]:
+    """Titles of the models of a comparison whose training is not over, and which are not read."""
+    command, config = read_config(Path(folder) / "config.toml")
+    if command == "train":
+        return []
+    return [
+        model_class(name).title for name in config.models if not _is_trained(Path(folder) / name)
+    ]
+
+
 def _read_model(folder: Path, config: RunConfig) -> Run:
-    if not (folder / "history.nc").is_file():
+    if not _is_trained(folder):
         raise ValueError(
             f"run {folder}: expected a trained model, found none; finish it with "
             f"mmzoo train --config {folder}/config.toml --resume"
@@ -613,8 +627,12 @@ def _right(
 # Summaries --------------------------------------------------------------------------------------
 
 
-def merge_tables(runs: Sequence[Run]) -> xr.Dataset:
+def merge_tables(runs: Sequence[Run], *, unfinished: Sequence[str] = ()) -> xr.Dataset:
     """One table of evaluated models; its attribute ``remarks`` says what a reader must know.
+
+    Args:
+        runs: The models.
+        unfinished: Titles of those that should be there, see :func:`unfinished_models`.
 
     Raises:
         ValueError: For a model that was not evaluated, or evaluations of different rows.
@@ -642,7 +660,8 @@ def merge_tables(runs: Sequence[Run]) -> xr.Dataset:
         for key in _SETTINGS:
             merged.attrs.pop(key, None)
     diverged = any(run.diverged for run in runs)
-    remarks = (unlike, _DIVERGED * diverged)
+    absent = f"Not finished, left out: {', '.join(unfinished)}." if unfinished else ""
+    remarks = (unlike, _DIVERGED * diverged, absent)
     merged.attrs["remarks"] = [remark for remark in remarks if remark]
     return merged
 
@@ -670,6 +689,7 @@ def write_summary(
     folder: str | os.PathLike[str],
     command: str,
     *,
+    unfinished: Sequence[str] = (),
     on_model: Callable[[str], None] | None = None,
 ) -> xr.Dataset:
     """Writes the tables, the figures and `report.html` of evaluated models.
@@ -682,6 +702,7 @@ def write_summary(
         runs: The models.
         folder: Where to write.
         command: The command that repeats the run, for the report.
+        unfinished: Titles of models that should be there, see :func:`unfinished_models`.
         on_model: Called with the title of each model before its pictures are drawn.
 
     Returns:
@@ -691,7 +712,7 @@ def write_summary(
     from mmzoo.evaluation.report import write_report
 
     folder = Path(folder)
-    table = merge_tables(runs)
+    table = merge_tables(runs, unfinished=unfinished)
     folder.mkdir(parents=True, exist_ok=True)
     _write_tables(table, folder)
     histories = {  # a model may diverge before there is anything to draw

@@ -312,13 +312,13 @@ def evaluate(
 ) -> None:
     """Estimate likelihoods and run the checks of the models in a run folder."""
     from mmzoo.evaluation.checks import default_classifiers
-    from mmzoo.evaluation.runs import evaluate_run, load_data, merge_tables, read_run
+    from mmzoo.evaluation.runs import evaluate_run, load_data, merge_tables
 
     for name, value in (("num_samples", num_samples), ("limit", limit), ("threads", threads)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, found {value}")
     _set_threads(threads)
-    runs = read_run(run)
+    runs, unfinished = _read_runs([run])
     train, test = load_data(runs[0].config)
     with _console().status("classifiers of real rows"):
         classifiers = default_classifiers(train) if checks else None
@@ -338,7 +338,7 @@ def evaluate(
                     on_chunk=on_chunk,
                 )
             )
-    _print_table(merge_tables(done))
+    _print_table(merge_tables(done, unfinished=unfinished))
     print(f"Kept in {run}. Next: mmzoo report {run}")
 
 
@@ -401,7 +401,7 @@ def compare(
                 return default_classifiers(rows[0]) if checks else None
 
         finished = [_finish(made, name, folder / name, rows, classifiers) for name in made.models]
-        _summarise(finished, folder, made.command("compare"))
+        _summarise(finished, [], folder, made.command("compare"))
 
 
 @app.command()
@@ -419,8 +419,8 @@ def report(
             "report about them all"
         )
     folder = out or runs[0]
-    read = _read_runs(runs)
-    _summarise(read, folder, f"mmzoo report {' '.join(map(str, runs))}", show=False)
+    command = f"mmzoo report {' '.join(map(str, runs))}"
+    _summarise(*_read_runs(runs), folder, command, show=False)
 
 
 # From words to configurations ---------------------------------------------------------------------
@@ -636,31 +636,41 @@ def _interruptible(folder: Path, config: RunConfig, *, single: bool = False) -> 
         raise typer.Exit(_INTERRUPTED) from None
 
 
-def _read_runs(folders: Sequence[Path]) -> list[Run]:
-    from mmzoo.evaluation.runs import read_run
+def _read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """The models of some runs, and the titles of those that are not finished, which it tells."""
+    from mmzoo.evaluation.runs import read_run, unfinished_models
 
     runs = [run for folder in folders for run in read_run(folder)]
-    return list({run.folder.resolve(): run for run in runs}.values())
+    absent = [title for folder in dict.fromkeys(folders) for title in unfinished_models(folder)]
+    for title in absent:
+        print(f"{title}: not finished, left out")
+    return list({run.folder.resolve(): run for run in runs}.values()), absent
 
 
 def _compare_runs(folders: Sequence[Path], out: Path | None) -> None:
     from mmzoo.evaluation.runs import merge_tables
 
-    runs = _read_runs(folders)
+    runs, unfinished = _read_runs(folders)
     if out is None:
-        _print_table(merge_tables(runs))
+        _print_table(merge_tables(runs, unfinished=unfinished))
     else:
-        _summarise(runs, out, f"mmzoo compare {' '.join(map(str, folders))}")
+        _summarise(runs, unfinished, out, f"mmzoo compare {' '.join(map(str, folders))}")
 
 
-def _summarise(runs: Sequence[Run], folder: Path, command: str, *, show: bool = True) -> None:
+def _summarise(
+    runs: Sequence[Run], unfinished: Sequence[str], folder: Path, command: str, *, show: bool = True
+) -> None:
     from mmzoo.evaluation.runs import merge_tables, write_summary
 
     if show:
-        _print_table(merge_tables(runs))
+        _print_table(merge_tables(runs, unfinished=unfinished))
     with _console().status("tables, pictures and the report") as status:
         write_summary(
-            runs, folder, command, on_model=lambda title: status.update(f"pictures of {title}")
+            runs,
+            folder,
+            command,
+            unfinished=unfinished,
+            on_model=lambda title: status.update(f"pictures of {title}"),
         )
     print(f"Kept in {folder}. Open {folder / 'report.html'}")
 

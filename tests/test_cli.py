@@ -260,6 +260,21 @@ def test_settings_that_differ_are_told(compared: Path) -> None:
     assert told in Path("run/report.html").read_text()
 
 
+def test_unfinished_models_are_told(compared: Path) -> None:
+    shutil.copytree(compared, "run")
+    Path("run/mmvae/history.nc").unlink()
+    for command in (
+        ("compare", "run"),
+        ("evaluate", "run", "--no-checks", "--limit", 10),
+        ("report", "run"),
+    ):
+        shown = works(*command)
+        assert shown.startswith("MMVAE: not finished, left out\n")
+        assert command[0] == "report" or "Not finished, left out: MMVAE." in shown
+    for name in ("table.md", "report.html"):
+        assert "Not finished, left out: MMVAE." in Path("run", name).read_text()
+
+
 DIVERGING = (*TINY, "--batch-size", 4, "--learning-rate", "1e300")
 
 
