@@ -148,7 +148,13 @@ _Threads = Annotated[int | None, typer.Option("--threads", help="Threads of the 
 _Checks = Annotated[
     bool, typer.Option("--checks/--no-checks", help="Calibration, coherence, probes and so on.")
 ]
-_Resume = Annotated[bool, typer.Option("--resume", help="Keep the finished models of --out.")]
+_Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Keep the finished models of --out; one that was interrupted starts from epoch 1.",
+    ),
+]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove what --out holds.")]
 
 

@@ -98,6 +98,11 @@ def test_help_names_every_command() -> None:
         assert "Usage" in works(name, "--help")
 
 
+def test_help_says_what_an_interruption_costs() -> None:
+    for command in ("train", "compare"):
+        assert "starts from epoch 1" in " ".join(works(command, "--help", width=200).split())
+
+
 def test_version() -> None:
     assert works("--version") == "mmzoo 0.1.0\n"
 
