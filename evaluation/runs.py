@@ -29,9 +29,9 @@ import torch
 import xarray as xr
 from pyro.infer import ELBO
 
+from mmzoo.config import RunConfig, read_config, write_config
 from mmzoo.data import DATASETS, MultimodalDataset, load, missing_completely_at_random
 from mmzoo.evaluation.checks import check_model, default_classifiers
-from mmzoo.evaluation.config import RunConfig, read_config, write_config
 from mmzoo.evaluation.datatree import load_datatree, save_datatree, to_datatree
 from mmzoo.evaluation.likelihood import likelihood_table
 from mmzoo.evaluation.rowwise import unanswered

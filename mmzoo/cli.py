@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 if TYPE_CHECKING:
     import xarray as xr
 
-    from mmzoo.evaluation.config import RunConfig
+    from mmzoo.config import RunConfig
     from mmzoo.evaluation.runs import OnChunk, Run
     from mmzoo.vae import MultimodalVAE
 
@@ -52,6 +52,20 @@ class _OneLineErrors(TyperGroup):
                 raise
             print(f"mmzoo: error: {_first_paragraph(error)}", file=sys.stderr)
             sys.exit(_ERROR)
+
+
+class _SaysDefaults(TyperCommand):
+    """Help with the defaults of the configuration, which are read when help is asked for."""
+
+    def format_help(self, *given: Any) -> None:
+        """Writes the help."""
+        from mmzoo.config import defaults
+
+        said = defaults()
+        for param in self.params:
+            if isinstance(param, TyperOption) and param.name in said:
+                param.show_default = said[param.name]
+        super().format_help(*given)
 
 
 def _first_paragraph(error: Any) -> str:
@@ -258,7 +272,7 @@ def _is_there(name: str, root: Path | None) -> bool:
     return True
 
 
-@app.command()
+@app.command(cls=_SaysDefaults)
 def train(
     model: Annotated[str | None, typer.Argument(help="See `mmzoo models`.")] = None,
     data: _Data = None,
@@ -348,7 +362,7 @@ def evaluate(
     print(f"Kept in {run}. Next: mmzoo report {run}")
 
 
-@app.command()
+@app.command(cls=_SaysDefaults)
 def compare(
     context: typer.Context,
     runs: Annotated[list[Path] | None, typer.Argument(help="Evaluated runs.")] = None,
@@ -534,7 +548,7 @@ def _parse(text: str) -> Any:
 def _configure(
     command: str, path: Path | None, data: str | None, given: Mapping[str, Any]
 ) -> RunConfig:
-    from mmzoo.evaluation.config import RunConfig, read_config
+    from mmzoo.config import RunConfig, read_config
 
     if path is None:
         if data is None or (command == "train" and "models" not in given):

@@ -20,9 +20,9 @@ from typer.testing import CliRunner, Result
 
 import mmzoo.evaluation.runs as runs_module
 from mmzoo import cli
+from mmzoo.config import DEFAULT_MODELS, RunConfig, read_config, to_toml, write_config
 from mmzoo.data import DATASETS, digits
 from mmzoo.evaluation import load_datatree
-from mmzoo.evaluation.config import DEFAULT_MODELS, RunConfig, read_config, to_toml, write_config
 from mmzoo.evaluation.runs import build, class_accuracy, load_data, read_run
 from mmzoo.evaluation.tables import aggregate_seeds
 from mmzoo.models import MODELS
@@ -101,6 +101,22 @@ def test_help_names_every_command() -> None:
 def test_help_says_what_an_interruption_costs() -> None:
     for command in ("train", "compare"):
         assert "starts from epoch 1" in " ".join(works(command, "--help", width=200).split())
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_help_says_the_defaults(command: str) -> None:
+    shown = works(command, "--help", width=200)
+    lines = {line.split()[1]: line for line in shown.splitlines() if line.startswith("│ --")}
+    general, own = RunConfig.make("mnist"), RunConfig.make("digits")
+    for flag in ("epochs", "batch-size", "learning-rate", "latent-dim", "num-samples"):
+        first, second = (getattr(each, flag.replace("-", "_")) for each in (general, own))
+        said = f"{first}" if first == second else f"{first}; digits: {second}"
+        assert f"[default: ({said})]" in lines[f"--{flag}"]
+    for flag in ("binarize", "prior-share", "seed", "network", "device"):
+        assert f"[default: ({getattr(general, flag.replace('-', '_'))})]" in lines[f"--{flag}"]
+    assert "[default: (512,512; digits: 256,256)]" in lines["--hidden"]
+    if command == "compare":
+        assert f"[default: ({','.join(DEFAULT_MODELS)})]" in lines["--models"]
 
 
 def test_version() -> None:
