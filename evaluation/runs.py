@@ -417,14 +417,16 @@ def _read_model(folder: Path, config: RunConfig) -> Run:
             f"mmzoo train --config {folder}/config.toml --resume"
         )
     vae = model_class(config.models[0]).from_pretrained(folder).eval()
-    table, checks = folder / "table.nc", folder / "checks.nc"
+    history, table, checks = (folder / f"{name}.nc" for name in ("history", "table", "checks"))
     return Run(
         folder,
         config,
         vae,
-        _read(folder / "history.nc"),
-        _read(table) if table.is_file() else None,
-        load_datatree(checks) if checks.is_file() else None,
+        _read(history, "the history of a training", lambda found: "stopped" in found.attrs),
+        _read(table, "a table of likelihoods", lambda found: "mean" in found)
+        if table.is_file()
+        else None,
+        _read_checks(checks) if checks.is_file() else None,
     )
 
 
@@ -434,15 +436,31 @@ def _save(dataset: xr.Dataset, path: Path) -> None:
     os.replace(part, path)
 
 
-def _read(path: Path) -> xr.Dataset:
+def _read(path: Path, what: str, fits: Callable[[xr.Dataset], bool]) -> xr.Dataset:
     try:
         with xr.open_dataset(path, engine="h5netcdf") as dataset:
-            return dataset.load()
+            found = dataset.load()
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{path}: expected a NetCDF file, found none that can be read ({error}); "
             "train or evaluate the model again"
         ) from error
+    _need(path, what, fits(found), found)
+    return found
+
+
+def _read_checks(path: Path) -> xr.DataTree:
+    found = load_datatree(path)
+    _need(path, "a group for each check", bool(found.children), found)
+    return found
+
+
+def _need(path: Path, what: str, fits: bool, found: xr.Dataset | xr.DataTree) -> None:
+    if not fits:
+        names = ", ".join(map(str, found.data_vars)) or "nothing"
+        raise ValueError(
+            f"{path}: expected {what}, found a file of {names}; train or evaluate the model again"
+        )
 
 
 # Evaluating -------------------------------------------------------------------------------------

@@ -331,9 +331,11 @@ def evaluate(
     threads: _Threads = None,
 ) -> None:
     """Estimate likelihoods and run the checks of the models in a run folder."""
+    from mmzoo.config import check_prior_share
     from mmzoo.evaluation.checks import default_classifiers
     from mmzoo.evaluation.runs import evaluate_run, load_data, merge_tables
 
+    check_prior_share(prior_share or 0.0)
     for name, value in (("num_samples", num_samples), ("limit", limit), ("threads", threads)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, found {value}")

@@ -48,6 +48,7 @@ _AT_LEAST = {
     "seed": 0,
     "data_seed": 0,
 }
+_MOST_SEED = 2**31 - 1  # room below what numpy takes, for seeds that are derived from it
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _TYPES: dict[str, tuple[type, ...]] = {
     "data": (str,),
@@ -126,12 +127,33 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}: expected at least {least}, found {value}")
+        for name in ("seed", "data_seed"):
+            if (getattr(self, name) or 0) > _MOST_SEED:
+                raise ValueError(
+                    f"{name}: expected at most {_MOST_SEED}, found {getattr(self, name)}"
+                )
         if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise ValueError(
                 f"learning_rate: expected a positive number, found {self.learning_rate}"
             )
-        if not 0 <= self.prior_share < 1:
-            raise ValueError(f"prior_share: expected 0 <= share < 1, found {self.prior_share}")
+        check_prior_share(self.prior_share)
+        for name, share in self.missing.items():
+            number = isinstance(share, int | float) and not isinstance(share, bool)
+            if not (number and 0 <= share <= 1):
+                raise ValueError(
+                    f"missing {name}: expected a fraction between 0 and 1, found {share!r}"
+                )
+        for name, options in self.options.items():
+            if not isinstance(options, Mapping):
+                raise ValueError(
+                    f"options {name}: expected options by name, found {options!r}; write them "
+                    f"below [options.{name}]"
+                )
+            if name not in self.models:
+                raise ValueError(
+                    f"options {name}: expected one of the models {', '.join(self.models)}; leave "
+                    "out its options, or name it in models"
+                )
         if any(not isinstance(width, int) or width < 1 for width in self.hidden):
             raise ValueError(f"hidden: expected positive widths, found {list(self.hidden)}")
         if self.hidden and self.network != "mlp":
@@ -199,6 +221,12 @@ class RunConfig:
             elif key not in ("data", "models"):
                 words += [flag, str(value)]
         return shlex.join(words)
+
+
+def check_prior_share(share: float) -> None:
+    """Raises a ValueError unless it is a share that leaves draws of the guide."""
+    if not 0 <= share < 1:
+        raise ValueError(f"prior_share: expected 0 <= share < 1, found {share}")
 
 
 def defaults() -> dict[str, str]:

@@ -647,6 +647,9 @@ BAD = {
     "limit": ([*TRAIN, "--limit", "0"], "limit: expected at least 1, found 0"),
     "test rows": ([*TRAIN, "--test-rows", "0"], "test_rows: expected at least 1, found 0"),
     "seed": ([*TRAIN, "--seed", "-1"], "seed: expected at least 0, found -1"),
+    "large seed": ([*TRAIN, "--seed", "9" * 23], "seed: expected at most 2147483647, found 9"),
+    "large data seed": ([*TRAIN, "--data-seed", 2**31], "data_seed: expected at most 2147483647"),
+    "evaluate share": (["evaluate", "x", "--prior-share", "2"], "prior_share: expected 0 <= share"),
     "threads": ([*TRAIN, "--threads", "0"], "threads: expected at least 1, found 0"),
     "samples": ([*TRAIN, "--num-samples", "0"], "num_samples: expected at least 1, found 0"),
     "evaluate samples": (["evaluate", "x", "--num-samples", "0"], "num_samples: expected at least"),
@@ -793,6 +796,18 @@ def test_config_of_another_command(compared: Path) -> None:
         ("command = 'train'\ndata = 'digits'\nfoo = 1", "found unknown keys foo"),
         ("command = 'train'\ndata = 'digits'\nepochs = 'x'", "epochs: expected int, found 'x'"),
         ("command = 'train'\ndata = 'digits'\nseed = true", "seed: expected int, found True"),
+        (
+            "command = 'train'\ndata = 'digits'\n[missing]\nlabel = 'x'",
+            "config.toml: missing label: expected a fraction between 0 and 1, found 'x'",
+        ),
+        (
+            "command = 'train'\ndata = 'digits'\n[options]\nmvae = 3",
+            "options mvae: expected options by name, found 3; write them below [options.mvae]",
+        ),
+        (
+            "command = 'train'\ndata = 'digits'\n[options.nosuch]\nbeta = 3",
+            "options nosuch: expected one of the models mvae, mmvae, mopoe, jmvae, mwvae; leave",
+        ),
     ],
 )
 def test_damaged_config(text: str, message: str) -> None:
@@ -814,6 +829,22 @@ def test_checkpoint_of_another_model(compared: Path, tmp_path: Path) -> None:
         (compared / "mvae" / "model.safetensors").read_bytes()
     )
     assert "expected a NetCDF file, found none that can be read" in fails("evaluate", folder)
+
+
+@pytest.mark.parametrize(
+    ("taken", "path", "message"),
+    [
+        ("history", "table", "expected a table of likelihoods, found a file of loss"),
+        ("table", "history", "expected the history of a training, found a file of mean"),
+        ("table", "checks", "expected a group for each check, found a file of mean"),
+    ],
+)
+def test_files_of_a_run_that_are_exchanged(
+    compared: Path, taken: str, path: str, message: str
+) -> None:
+    shutil.copytree(compared / "mvae", "run")
+    shutil.copy(f"run/{taken}.nc", f"run/{path}.nc")
+    assert f"run/{path}.nc: {message}" in fails("report", "run")
 
 
 def test_run_without_a_trained_model(compared: Path) -> None:
