@@ -182,6 +182,7 @@ def models(
     ] = False,
 ) -> None:
     """List the models."""
+    from mmzoo.data import DATASETS
     from mmzoo.models import MODELS
 
     if markdown:
@@ -199,6 +200,13 @@ def models(
             f"{cls.latents}\n{_limits(cls)}",
         )
     _console().print(table, highlight=False)
+    least = min(len(info.modalities) for info in DATASETS.values())
+    few = [cls.title for cls in MODELS.values() if (cls.max_modalities or least) < least]
+    _console().print(
+        f"Every data set of the command line has at least {least} modalities; {', '.join(few)} "
+        "and Linear, which takes Gaussian ones only, are trained from Python.",
+        highlight=False,
+    )
 
 
 def _limits(cls: type[MultimodalVAE]) -> str:

@@ -77,6 +77,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_models_are_listed() -> None:
     shown = works("models")
     assert all(name in shown and str(cls.year) in shown for name, cls in MODELS.items())
+    said = " ".join(shown.split())
+    assert "at least 2 modalities; VAE and Linear, which takes Gaussian ones only, are" in said
 
 
 def test_data_sets_are_listed() -> None:
