@@ -53,9 +53,9 @@ _PAGE = """<!DOCTYPE html>
 """
 _STYLE = """
 :root { --ink: #1d1f22; --soft: #5b6168; --paper: #ffffff; --line: #d9dde1; --tint: #f4f6f8;
-  --flag: #b34700; }
+  --flag: #b34700; --shade: #0003; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --soft: #a4abb3; --paper: #16181b;
-  --line: #3a3f45; --tint: #202327; --flag: #ff9a57; } }
+  --line: #3a3f45; --tint: #202327; --flag: #ff9a57; --shade: #fff3; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
@@ -66,7 +66,12 @@ h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; padding-bottom: .3rem;
 p, li, dd { max-width: 44rem; }
 .lead, footer, figcaption, .note { color: var(--soft); }
 .note, figcaption, footer { font-size: .9rem; }
-.scroll { overflow-x: auto; }
+/* A shadow at an edge says that there is more; a cover that moves along hides it at the end. */
+.scroll, figure .picture { overflow-x: auto; }
+.scroll { background:
+  linear-gradient(to left, var(--paper) 1.5rem, transparent 3rem) right / 3rem 100% no-repeat local,
+  linear-gradient(to left, var(--shade), transparent) top right / 1rem calc(100% - 2px)
+  no-repeat scroll; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th, td { padding: .45rem .75rem; text-align: right; border-bottom: 1px solid var(--line); }
 thead th { border-bottom-width: 2px; font-weight: 600; }
@@ -81,7 +86,7 @@ dt { font-weight: 600; }
 dd { margin: 0; color: var(--soft); }
 figure { margin: 1rem 0 1.75rem; }
 figure .picture { background: #ffffff; border: 1px solid var(--line); border-radius: 6px;
-  padding: .6rem; overflow-x: auto; }
+  padding: .6rem; }
 figure img { display: block; width: 100%; max-width: var(--width); min-width: min(100%, 30rem);
   height: auto; margin: 0 auto; }
 figcaption { margin-top: .5rem; max-width: 44rem; }
@@ -90,10 +95,12 @@ pre { background: var(--tint); border: 1px solid var(--line); border-radius: 6px
 @media (max-width: 40rem) { main { padding: 1.25rem 1rem 2rem; } h1 { font-size: 1.45rem; }
   dl { grid-template-columns: 1fr; } dd { margin-bottom: .5rem; }
   th, td { padding: .4rem .6rem; } figure img { min-width: 34rem; } }
+@media screen and (max-width: 37rem) {
+  figcaption::before { content: "Scroll the picture sideways. "; font-style: italic; } }
 @media print { :root { --ink: #000; --soft: #444; --paper: #fff; --line: #bbb; --tint: #fff;
   --flag: #8a3600; } main { max-width: none; padding: 0; } body { font-size: 10pt; }
-  h2 { break-after: avoid; } figure, table { break-inside: avoid; } .scroll { overflow: visible; }
-  table { white-space: normal; } pre { white-space: pre-wrap; }
+  h2 { break-after: avoid; } figure, table { break-inside: avoid; } .scroll { overflow: visible;
+  background: none; } table { white-space: normal; } pre { white-space: pre-wrap; }
   figure .picture { overflow: visible; border: 0; padding: 0; } figure img { min-width: 0; } }
 """
 
@@ -263,6 +270,7 @@ def _notes(table: xr.Dataset) -> str:
             "‡ A probability above one: this is the difference of two estimates, and the one that "
             "is subtracted is too low."
         )
+    notes += table.attrs.get("remarks", ())
     flagged = [
         f"{model}, {quantity}: {_percent(float(cell['pareto_k']))}"
         for model in table["model"].values

@@ -18,7 +18,8 @@ import inspect
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +29,9 @@ import torch
 import xarray as xr
 from pyro.infer import ELBO
 
+from mmzoo.config import RunConfig, read_config, write_config
 from mmzoo.data import DATASETS, MultimodalDataset, load, missing_completely_at_random
 from mmzoo.evaluation.checks import check_model, default_classifiers
-from mmzoo.evaluation.config import RunConfig, read_config, write_config
 from mmzoo.evaluation.datatree import load_datatree, save_datatree, to_datatree
 from mmzoo.evaluation.likelihood import likelihood_table
 from mmzoo.evaluation.rowwise import unanswered
@@ -44,6 +45,7 @@ from mmzoo.evaluation.tables import (
     to_markdown,
 )
 from mmzoo.inference import SubsetELBO, fit
+from mmzoo.inference.objective import ObjectiveModule
 from mmzoo.modality import Modality
 from mmzoo.models import MODELS
 from mmzoo.networks import is_image
@@ -59,6 +61,7 @@ __all__ = [
     "FLAGGED_SHARE",
     "Run",
     "build",
+    "check_step",
     "class_accuracy",
     "evaluate_run",
     "load_data",
@@ -69,12 +72,16 @@ __all__ = [
     "table_cells",
     "table_note",
     "train_run",
+    "unfinished_models",
     "write_summary",
 ]
 
 OnChunk = Callable[[str, int, int], None]
+_CHECKED_ROWS = 8
 _KEPT_ROWS, _KEPT_DRAWS = 100, 100  # of evaluation.nc
 _PICTURE_ROWS, _PLANE_ROWS = 10, 1000
+_DIVERGED = "(diverged): training stopped since the loss was not finite; not to be compared."
+_SETTINGS = ("num_samples", "prior_share")  # of an evaluation; rows are the same without them
 _ACCURACY_DRAWS, _ACCURACY_ROWS = 100, 256
 _MODEL_FILES = (
     "config.json",
@@ -106,6 +113,11 @@ class Run:
     history: xr.Dataset
     table: xr.Dataset | None
     checks: xr.DataTree | None = None
+
+    @property
+    def diverged(self) -> bool:
+        """Whether training stopped since the loss was not finite."""
+        return bool(self.history.attrs.get("stopped") == "diverged")
 
 
 # Making -----------------------------------------------------------------------------------------
@@ -161,20 +173,65 @@ def build(
             f"option {unknown[0]!r}: unknown to {model}; its options: "
             f"{', '.join(sorted(ours | theirs))}"
         )
+    for name in sorted(_flags(cls) & set(options)):
+        if not isinstance(options[name], bool):
+            raise ValueError(
+                f"options of {model}: expected true or false for {name}, found {options[name]!r}"
+            )
     parts = [_with_networks(config, modality) for modality in modalities]
+    with _blaming_options(model, options), seeded(config.seed):
+        own = {key: value for key, value in options.items() if key in ours}
+        vae = cls(parts, config.latent_dim, **own)
+        return vae, vae.objective(**{k: v for k, v in options.items() if k not in ours})
+
+
+@contextmanager
+def _blaming_options(model: str, options: Mapping[str, Any]) -> Iterator[None]:
+    """What goes wrong within it is laid on the options, if there are any."""
     try:
-        with seeded(config.seed):
-            own = {key: value for key, value in options.items() if key in ours}
-            vae = cls(parts, config.latent_dim, **own)
-        objective = vae.objective(**{k: v for k, v in options.items() if k not in ours})
-    except TypeError as error:
-        raise ValueError(f"options of {model}: {error}; check {options}") from error
-    return vae, objective
+        yield
+    except Exception as error:
+        if not options:
+            raise
+        reason = str(error).split("Trace Shapes:")[0].strip()  # Pyro adds the shapes of all sites
+        raise ValueError(f"options of {model}: {reason}; check {dict(options)}") from error
+
+
+def check_step(config: RunConfig, model: str, rows: MultimodalDataset) -> None:
+    """Takes a loss of a few rows, so that a value that an option cannot have is found at once.
+
+    Args:
+        config: The configuration.
+        model: Which of its models.
+        rows: The training rows.
+
+    Raises:
+        ValueError: For an unknown model or option, a value of an option that the objective cannot
+            work with, or modalities that the model cannot take.
+    """
+    vae, objective = build(config, model, rows.modalities or ())
+    x, observed = rows.batch(range(min(len(rows), _CHECKED_ROWS)))
+    with _blaming_options(model, config.options.get(model, {})), seeded(config.seed):
+        ObjectiveModule(vae.model, vae.guide, objective)(x, observed)
 
 
 def _keywords(function: Callable[..., Any]) -> set[str]:
     parameters = inspect.signature(function).parameters.values()
     return {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
+
+
+def _flags(cls: type[MultimodalVAE]) -> set[str]:
+    """Options of a model and its objective that are true or false."""
+    constructors = [each.__init__ for each in cls.__mro__ if issubclass(each, MultimodalVAE)]
+    functions: list[Callable[..., Any]] = [*constructors, cls.objective]
+    if _is_open(cls.objective):
+        functions.append(SubsetELBO)
+    return {
+        each.name
+        for function in functions
+        for each in inspect.signature(function).parameters.values()
+        if isinstance(each.default, bool)
+    }
 
 
 def _is_open(function: Callable[..., Any]) -> bool:
@@ -216,35 +273,56 @@ def prepare_folder(
         ValueError: If the folder holds a run already, or another one than is to be resumed.
     """
     path = folder / "config.toml"
-    if path.exists() and not overwrite:
+    if overwrite:
+        _clear(folder, config)
+    elif finished := _finished(folder):
         if not resume:
             raise ValueError(
                 f"{folder}: holds a run already; add --resume to keep its finished models, "
                 "--overwrite to start again, or choose another --out"
             )
-        _check_same(folder, read_config(path)[1], config)
-    if overwrite:
-        _clear(folder, config)
+        if path.exists() and (wrote := read_config(path)[0]) != command:
+            raise ValueError(
+                f"{folder}: expected a run of mmzoo {command}, found one of mmzoo {wrote}; "
+                f"repeat it with mmzoo {wrote}, or choose another --out"
+            )
+        for each in finished:
+            _check_same(each, read_config(each / "config.toml")[1], config, alone=each == folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_config(config, command, path)
 
 
-def _check_same(folder: Path, before: RunConfig, now: RunConfig) -> None:
+def _finished(folder: Path) -> list[Path]:
+    """The folders of trained models: the folder of a run itself, or those of a comparison."""
+    places = (folder, *(folder / model for model in MODELS))
+    return [each for each in places if _is_trained(each)]
+
+
+def _is_trained(folder: Path) -> bool:
+    return (folder / "history.nc").is_file()
+
+
+def _check_same(folder: Path, before: RunConfig, now: RunConfig, *, alone: bool) -> None:
+    """Whether a trained model is the one that would be trained; options of others are free."""
+    way_out = "repeat it as it was, start again with --overwrite, or choose another --out"
     free = ("models", "options", "root", "threads", "device")
     for field in dataclasses.fields(RunConfig):
         old, new = getattr(before, field.name), getattr(now, field.name)
         if field.name not in free and old != new:
             raise ValueError(
-                f"{folder}: was made with {field.name} = {old!r}, now it is {new!r}; repeat it as "
-                "it was, start again with --overwrite, or choose another --out"
+                f"{folder}: was made with {field.name} = {old!r}, now it is {new!r}; {way_out}"
             )
-    for model in set(before.models) & set(now.models):
-        old, new = (dict(each.options.get(model, {})) for each in (before, now))
-        if old != new:
-            raise ValueError(
-                f"{folder}: {model} was made with the options {old}, now they are {new}; repeat it "
-                "as it was, start again with --overwrite, or choose another --out"
-            )
+    model = now.models[0] if alone else folder.name
+    if before.models != (model,):
+        raise ValueError(
+            f"{folder}: expected a run of {model}, found one of {', '.join(before.models)}; "
+            f"{way_out}"
+        )
+    old, new = (dict(each.options.get(model, {})) for each in (before, now))
+    if model in now.models and old != new:
+        raise ValueError(
+            f"{folder}: {model} was made with the options {old}, now they are {new}; {way_out}"
+        )
 
 
 def _clear(folder: Path, config: RunConfig) -> None:
@@ -313,8 +391,7 @@ def read_run(folder: str | os.PathLike[str]) -> list[Run]:
     command, config = read_config(folder / "config.toml")
     if command == "train":
         return [_read_model(folder, config)]
-    known = [folder / model for model in config.models]
-    trained = [each for each in known if (each / "history.nc").is_file()]
+    trained = [folder / model for model in config.models if _is_trained(folder / model)]
     if not trained:
         raise ValueError(
             f"run {folder}: expected a trained model, found none; finish it with "
@@ -323,21 +400,33 @@ def read_run(folder: str | os.PathLike[str]) -> list[Run]:
     return [run for each in trained for run in read_run(each)]
 
 
+def unfinished_models(folder: str | os.PathLike[str]) -> list[str]:
+    """Titles of the models of a comparison whose training is not over, and which are not read."""
+    command, config = read_config(Path(folder) / "config.toml")
+    if command == "train":
+        return []
+    return [
+        model_class(name).title for name in config.models if not _is_trained(Path(folder) / name)
+    ]
+
+
 def _read_model(folder: Path, config: RunConfig) -> Run:
-    if not (folder / "history.nc").is_file():
+    if not _is_trained(folder):
         raise ValueError(
             f"run {folder}: expected a trained model, found none; finish it with "
             f"mmzoo train --config {folder}/config.toml --resume"
         )
     vae = model_class(config.models[0]).from_pretrained(folder).eval()
-    table, checks = folder / "table.nc", folder / "checks.nc"
+    history, table, checks = (folder / f"{name}.nc" for name in ("history", "table", "checks"))
     return Run(
         folder,
         config,
         vae,
-        _read(folder / "history.nc"),
-        _read(table) if table.is_file() else None,
-        load_datatree(checks) if checks.is_file() else None,
+        _read(history, "the history of a training", lambda found: "stopped" in found.attrs),
+        _read(table, "a table of likelihoods", lambda found: "mean" in found)
+        if table.is_file()
+        else None,
+        _read_checks(checks) if checks.is_file() else None,
     )
 
 
@@ -347,15 +436,31 @@ def _save(dataset: xr.Dataset, path: Path) -> None:
     os.replace(part, path)
 
 
-def _read(path: Path) -> xr.Dataset:
+def _read(path: Path, what: str, fits: Callable[[xr.Dataset], bool]) -> xr.Dataset:
     try:
         with xr.open_dataset(path, engine="h5netcdf") as dataset:
-            return dataset.load()
+            found = dataset.load()
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{path}: expected a NetCDF file, found none that can be read ({error}); "
             "train or evaluate the model again"
         ) from error
+    _need(path, what, fits(found), found)
+    return found
+
+
+def _read_checks(path: Path) -> xr.DataTree:
+    found = load_datatree(path)
+    _need(path, "a group for each check", bool(found.children), found)
+    return found
+
+
+def _need(path: Path, what: str, fits: bool, found: xr.Dataset | xr.DataTree) -> None:
+    if not fits:
+        names = ", ".join(map(str, found.data_vars)) or "nothing"
+        raise ValueError(
+            f"{path}: expected {what}, found a file of {names}; train or evaluate the model again"
+        )
 
 
 # Evaluating -------------------------------------------------------------------------------------
@@ -540,8 +645,12 @@ def _right(
 # Summaries --------------------------------------------------------------------------------------
 
 
-def merge_tables(runs: Sequence[Run]) -> xr.Dataset:
-    """One table of evaluated models.
+def merge_tables(runs: Sequence[Run], *, unfinished: Sequence[str] = ()) -> xr.Dataset:
+    """One table of evaluated models; its attribute ``remarks`` says what a reader must know.
+
+    Args:
+        runs: The models.
+        unfinished: Titles of those that should be there, see :func:`unfinished_models`.
 
     Raises:
         ValueError: For a model that was not evaluated, or evaluations of different rows.
@@ -555,21 +664,38 @@ def merge_tables(runs: Sequence[Run]) -> xr.Dataset:
                 f"mmzoo evaluate {run.folder}"
             )
         tables.append(run.table.assign_coords(model=[title]))
-    sampling = ("num_samples", "prior_share", "seed")
     for run, table in zip(runs, tables, strict=True):
         for key, value in tables[0].attrs.items():
-            if table.attrs.get(key) != value and key not in sampling:
+            if table.attrs.get(key) != value and key not in (*_SETTINGS, "seed"):
                 raise ValueError(
                     f"run {run.folder}: expected likelihoods of the same rows as in "
                     f"{runs[0].folder}, found {key} = {table.attrs.get(key)} instead of "
                     f"{value}; compare runs of one data set, seed and size"
                 )
-    return xr.concat(tables, "model", join="outer", combine_attrs="override")
+    merged = xr.concat(tables, "model", join="outer", combine_attrs="override")
+    unlike = _unlike(dict(zip(titles, tables, strict=True)))
+    if unlike:
+        for key in _SETTINGS:
+            merged.attrs.pop(key, None)
+    diverged = any(run.diverged for run in runs)
+    absent = f"Not finished, left out: {', '.join(unfinished)}." if unfinished else ""
+    remarks = (unlike, _DIVERGED * diverged, absent)
+    merged.attrs["remarks"] = [remark for remark in remarks if remark]
+    return merged
+
+
+def _unlike(tables: Mapping[str, xr.Dataset]) -> str:
+    """With which settings each model was evaluated, if they are not the same."""
+    found = {k: [each.attrs.get(key, 0) for key in _SETTINGS] for k, each in tables.items()}
+    if len(set(map(tuple, found.values()))) == 1:
+        return ""
+    each = (f"{k} {num} ({100 * share:g} %)" for k, (num, share) in found.items())
+    return f"Importance samples (share of them from the prior): {', '.join(each)}."
 
 
 def _titles(runs: Sequence[Run]) -> list[str]:
-    """Title of each model; the folder is added where two would have the same."""
-    titles = [run.vae.title for run in runs]
+    """Title of each model, and whether it diverged; the folder is added where two are the same."""
+    titles = [run.vae.title + " (diverged)" * run.diverged for run in runs]
     return [
         title if titles.count(title) == 1 else f"{title} ({run.folder})"
         for title, run in zip(titles, runs, strict=True)
@@ -581,6 +707,7 @@ def write_summary(
     folder: str | os.PathLike[str],
     command: str,
     *,
+    unfinished: Sequence[str] = (),
     on_model: Callable[[str], None] | None = None,
 ) -> xr.Dataset:
     """Writes the tables, the figures and `report.html` of evaluated models.
@@ -593,6 +720,7 @@ def write_summary(
         runs: The models.
         folder: Where to write.
         command: The command that repeats the run, for the report.
+        unfinished: Titles of models that should be there, see :func:`unfinished_models`.
         on_model: Called with the title of each model before its pictures are drawn.
 
     Returns:
@@ -603,13 +731,19 @@ def write_summary(
     from mmzoo.evaluation.report import write_report
 
     folder = Path(folder)
-    table = merge_tables(runs)
+    table = merge_tables(runs, unfinished=unfinished)
     folder.mkdir(parents=True, exist_ok=True)
     _write_tables(table, folder)
-    histories = dict(zip(_titles(runs), (run.history for run in runs), strict=True))
+    histories = {  # a model may diverge before there is anything to draw
+        title: run.history
+        for title, run in zip(_titles(runs), runs, strict=True)
+        if run.history.sizes.get("epoch", 0)
+    }
     pictures = folder / "figures"
     pictures.mkdir(exist_ok=True)
-    _save_figure(training_figure(histories), pictures / "training.png")
+    (pictures / "training.png").unlink(missing_ok=True)
+    if histories:
+        _save_figure(training_figure(histories), pictures / "training.png")
     _save_figure(plot_likelihood_table(table), pictures / "likelihoods.png")
     _, test = load_data(runs[0].config)
     captions = {}
@@ -654,9 +788,11 @@ def _write_tables(table: xr.Dataset, folder: Path) -> None:
 
 def _lead(table: xr.Dataset, config: RunConfig) -> str:
     info = DATASETS[config.data]
+    count = table.attrs.get("num_samples")
+    samples = "importance sampling" if count is None else f"{count} importance samples each"
     return (
-        f"{info.description} Likelihoods of {table.attrs['rows']} test rows with "
-        f"{table.attrs['num_samples']} importance samples each. Data: {info.source}, {info.url}"
+        f"{info.description} Likelihoods of {table.attrs['rows']} test rows with {samples}. "
+        f"Data: {info.source}, {info.url}"
     )
 
 

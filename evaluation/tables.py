@@ -511,6 +511,7 @@ def table_note(table: xr.Dataset) -> str:
             note += f", {attrs['num_samples']} importance samples each"
         share = attrs.get("prior_share", 0.0)
         note += f", {100 * share:g} % of them from the prior." if share else "."
+        note = " ".join([note, *attrs.get("remarks", ())])
     if bool((table["pareto_k"] > FLAGGED_SHARE).any()):
         note += " !n%: not reliable, Pareto k > 0.7 in n% of the rows."
     if "impossible" in table and bool((table["impossible"].fillna(0) > 0).any()):

@@ -71,7 +71,11 @@ def check_weights(where: str, **weights: Any) -> None:
 
 def at_step(schedule: Schedule, step: int, expected: str) -> float:
     """The value of a number or of a function of the step; an error begins with ``expected``."""
-    value = float(schedule(step) if callable(schedule) else schedule)
+    found = schedule(step) if callable(schedule) else schedule
+    try:
+        value = float(found)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{expected} >= 0, found {found!r} at step {step}") from error
     if not value >= 0:
         raise ValueError(f"{expected} >= 0, found {value} at step {step}")
     return value

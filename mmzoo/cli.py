@@ -10,6 +10,7 @@ import functools
 import math
 import sys
 import tomllib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,18 +19,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup, TyperOption
 
 if TYPE_CHECKING:
     import xarray as xr
 
-    from mmzoo.evaluation.config import RunConfig
+    from mmzoo.config import RunConfig
     from mmzoo.evaluation.runs import OnChunk, Run
     from mmzoo.vae import MultimodalVAE
 
 __all__ = ["app", "main"]
 
-_ERROR, _INTERRUPTED = 2, 130
+_DIVERGED, _ERROR, _INTERRUPTED = 1, 2, 130
 _EXPECTED = (ValueError, TypeError, OSError)
 
 
@@ -51,6 +52,20 @@ class _OneLineErrors(TyperGroup):
                 raise
             print(f"mmzoo: error: {_first_paragraph(error)}", file=sys.stderr)
             sys.exit(_ERROR)
+
+
+class _SaysDefaults(TyperCommand):
+    """Help with the defaults of the configuration, which are read when help is asked for."""
+
+    def format_help(self, *given: Any) -> None:
+        """Writes the help."""
+        from mmzoo.config import defaults
+
+        said = defaults()
+        for param in self.params:
+            if isinstance(param, TyperOption) and param.name in said:
+                param.show_default = said[param.name]
+        super().format_help(*given)
 
 
 def _first_paragraph(error: Any) -> str:
@@ -147,7 +162,13 @@ _Threads = Annotated[int | None, typer.Option("--threads", help="Threads of the 
 _Checks = Annotated[
     bool, typer.Option("--checks/--no-checks", help="Calibration, coherence, probes and so on.")
 ]
-_Resume = Annotated[bool, typer.Option("--resume", help="Keep the finished models of --out.")]
+_Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Keep the finished models of --out; one that was interrupted starts from epoch 1.",
+    ),
+]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Remove what --out holds.")]
 
 
@@ -161,6 +182,7 @@ def models(
     ] = False,
 ) -> None:
     """List the models."""
+    from mmzoo.data import DATASETS
     from mmzoo.models import MODELS
 
     if markdown:
@@ -178,6 +200,13 @@ def models(
             f"{cls.latents}\n{_limits(cls)}",
         )
     _console().print(table, highlight=False)
+    least = min(len(info.modalities) for info in DATASETS.values())
+    few = [cls.title for cls in MODELS.values() if (cls.max_modalities or least) < least]
+    _console().print(
+        f"Every data set of the command line has at least {least} modalities; {', '.join(few)} "
+        "and Linear, which takes Gaussian ones only, are trained from Python.",
+        highlight=False,
+    )
 
 
 def _limits(cls: type[MultimodalVAE]) -> str:
@@ -251,7 +280,7 @@ def _is_there(name: str, root: Path | None) -> bool:
     return True
 
 
-@app.command()
+@app.command(cls=_SaysDefaults)
 def train(
     model: Annotated[str | None, typer.Argument(help="See `mmzoo models`.")] = None,
     data: _Data = None,
@@ -279,22 +308,25 @@ def train(
     overwrite: _Overwrite = False,
 ) -> None:
     """Train one model and keep it in a run folder."""
-    from mmzoo.evaluation.runs import read_run, train_run
+    from mmzoo.evaluation.runs import read_run
 
     given = _given(locals())
     if model is not None:
-        given |= {"models": (model,), "options": _options(option, [model], nested=False)}
+        given["models"] = (model,)
     made = _configure("train", config, data, given)
+    made = made.replace(options=_options(option, made.models, nested=False))
     name = made.models[0]
     folder = out or Path("runs") / f"{made.data}-{name}"
     rows = _prepare(made, folder, "train", resume, overwrite)
     if resume and (folder / "history.nc").is_file():
-        read_run(folder)
+        run = read_run(folder)[0]
         print(f"{folder}: is trained already")
-        return
-    with _interruptible(folder, made, single=True):
-        train_run(made, name, folder, data=rows)
-    print(f"Kept in {folder}. Next: mmzoo evaluate {folder}")
+    else:
+        with _interruptible(folder, made, single=True):
+            run = _train(made, name, folder, rows)
+        print(f"Kept in {folder}. Next: mmzoo evaluate {folder}")
+    if run.diverged:
+        raise typer.Exit(_DIVERGED)
 
 
 @app.command()
@@ -307,14 +339,16 @@ def evaluate(
     threads: _Threads = None,
 ) -> None:
     """Estimate likelihoods and run the checks of the models in a run folder."""
+    from mmzoo.config import check_prior_share
     from mmzoo.evaluation.checks import default_classifiers
-    from mmzoo.evaluation.runs import evaluate_run, load_data, merge_tables, read_run
+    from mmzoo.evaluation.runs import evaluate_run, load_data, merge_tables
 
+    check_prior_share(prior_share or 0.0)
     for name, value in (("num_samples", num_samples), ("limit", limit), ("threads", threads)):
         if value is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, found {value}")
     _set_threads(threads)
-    runs = read_run(run)
+    runs, unfinished = _read_runs([run])
     train, test = load_data(runs[0].config)
     with _console().status("classifiers of real rows"):
         classifiers = default_classifiers(train) if checks else None
@@ -334,12 +368,13 @@ def evaluate(
                     on_chunk=on_chunk,
                 )
             )
-    _print_table(merge_tables(done))
+    _print_table(merge_tables(done, unfinished=unfinished))
     print(f"Kept in {run}. Next: mmzoo report {run}")
 
 
-@app.command()
+@app.command(cls=_SaysDefaults)
 def compare(
+    context: typer.Context,
     runs: Annotated[list[Path] | None, typer.Argument(help="Evaluated runs.")] = None,
     data: _Data = None,
     models: Annotated[
@@ -373,6 +408,7 @@ def compare(
     from mmzoo.evaluation.checks import default_classifiers
 
     if runs:
+        _only_given(context, ("runs", "out"))
         _compare_runs(runs, out)
         return
     given = _given(locals())
@@ -383,8 +419,8 @@ def compare(
         chosen = _models_for(config, data, given)
     if chosen is not None:
         given["models"] = tuple(chosen)
-    given["options"] = _options(option, chosen, nested=True)
     made = _configure("compare", config, data, given)
+    made = made.replace(options=_options(option, made.models, nested=True))
     folder = out or Path("runs") / made.data
     rows = _prepare(made, folder, "compare", resume, overwrite)
     with _interruptible(folder, made):
@@ -395,18 +431,26 @@ def compare(
                 return default_classifiers(rows[0]) if checks else None
 
         finished = [_finish(made, name, folder / name, rows, classifiers) for name in made.models]
-        _summarise(finished, folder, made.command("compare"))
+        _summarise(finished, [], folder, made.command("compare"))
 
 
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Evaluated runs.")],
-    out: _Out = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder of the report; needed for more than one run."),
+    ] = None,
 ) -> None:
     """Write tables, pictures and one self-contained page about evaluated runs."""
+    if out is None and len(runs) > 1:
+        raise ValueError(
+            f"report: expected --out with {len(runs)} runs, found none; name the folder of the "
+            "report about them all"
+        )
     folder = out or runs[0]
-    read = _read_runs(runs)
-    _summarise(read, folder, f"mmzoo report {' '.join(map(str, runs))}", show=False)
+    command = f"mmzoo report {' '.join(map(str, runs))}"
+    _summarise(*_read_runs(runs), folder, command, show=False)
 
 
 # From words to configurations ---------------------------------------------------------------------
@@ -431,6 +475,21 @@ def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
     given["hidden"] = tuple(arguments["hidden"] or ()) or None
     given["missing"] = _fractions(arguments["missing"])
     return given
+
+
+def _only_given(context: typer.Context, allowed: Sequence[str]) -> None:
+    """Refuses what the command line says, not the environment, beside the allowed arguments."""
+    others = [
+        param.opts[0]
+        for param in context.command.params
+        if param.name not in allowed
+        and getattr(context.get_parameter_source(param.name or ""), "name", "") == "COMMANDLINE"
+    ]
+    if others:
+        raise ValueError(
+            f"compare: expected RUN folders or what to train, found both: {', '.join(others)}; "
+            "leave out one of them (finished runs are compared as they are)"
+        )
 
 
 def _pair(flag: str, text: str) -> tuple[str, str]:
@@ -471,12 +530,9 @@ def _fractions(texts: Sequence[str] | None) -> dict[str, float] | None:
 
 
 def _options(
-    texts: Sequence[str] | None, models: Sequence[str] | None, *, nested: bool
+    texts: Sequence[str] | None, models: Sequence[str], *, nested: bool
 ) -> dict[str, dict[str, Any]] | None:
     """Options by model; values are TOML, or else text."""
-    from mmzoo.evaluation.config import DEFAULT_MODELS
-
-    models = DEFAULT_MODELS if models is None else models
     options: dict[str, dict[str, Any]] = {}
     for name, value in (_pair("--option", text) for text in texts or ()):
         model, dot, key = name.partition(".") if nested else (models[0], ".", name)
@@ -490,6 +546,8 @@ def _options(
 
 
 def _parse(text: str) -> Any:
+    if text.lower() in ("true", "false"):  # TOML has no capitals, Python has
+        return text.lower() == "true"
     try:
         values = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
@@ -500,7 +558,7 @@ def _parse(text: str) -> Any:
 def _configure(
     command: str, path: Path | None, data: str | None, given: Mapping[str, Any]
 ) -> RunConfig:
-    from mmzoo.evaluation.config import RunConfig, read_config
+    from mmzoo.config import RunConfig, read_config
 
     if path is None:
         if data is None or (command == "train" and "models" not in given):
@@ -517,7 +575,7 @@ def _prepare(
     config: RunConfig, folder: Path, command: str, resume: bool, overwrite: bool
 ) -> tuple[Any, Any]:
     """Everything that can go wrong goes wrong here, before the first model is trained."""
-    from mmzoo.evaluation.runs import build, load_data, model_class, prepare_folder
+    from mmzoo.evaluation.runs import check_step, load_data, model_class, prepare_folder
 
     for name in config.models:
         model_class(name)
@@ -526,7 +584,7 @@ def _prepare(
     _check_data(config.data)
     rows = load_data(config)
     for name in config.models:
-        build(config, name, rows[0].modalities or ())
+        check_step(config, name, rows[0])
     prepare_folder(folder, config, command, resume=resume, overwrite=overwrite)
     return rows
 
@@ -548,6 +606,24 @@ def _check_device(device: str) -> None:
 # Work ---------------------------------------------------------------------------------------------
 
 
+def _train(config: RunConfig, model: str, folder: Path, rows: tuple[Any, Any]) -> Run:
+    """A trained model; says in a line of its own if it diverged."""
+    from mmzoo.evaluation.runs import train_run
+
+    with warnings.catch_warnings():
+        # fit's own and Pyro's about a loss that is not finite, said below.
+        warnings.filterwarnings("ignore", message="fit: the loss of|Encountered ")
+        run = train_run(config, model, folder, data=rows)
+    if run.diverged:
+        print(
+            f"mmzoo: {run.vae.title}: training stopped in epoch "
+            f"{run.history.sizes.get('epoch', 0) + 1} since the loss is not finite; kept are its "
+            f"last good weights. Try a --learning-rate below {config.learning_rate:g}",
+            file=sys.stderr,
+        )
+    return run
+
+
 def _finish(
     config: RunConfig,
     model: str,
@@ -556,7 +632,7 @@ def _finish(
     classifiers: Callable[[], Mapping[str, Any] | None],
 ) -> Run:
     """A trained and evaluated model, from its folder as far as it is there."""
-    from mmzoo.evaluation.runs import evaluate_run, read_run, train_run
+    from mmzoo.evaluation.runs import evaluate_run, read_run
 
     if (folder / "history.nc").is_file():
         run = read_run(folder)[0]
@@ -564,7 +640,7 @@ def _finish(
             print(f"{run.vae.title}: finished already, from {folder}")
             return run
     else:
-        run = train_run(config, model, folder, data=rows)
+        run = _train(config, model, folder, rows)
     judges = classifiers()
     with _evaluation_bar(run, len(rows[1])) as on_chunk:
         return evaluate_run(
@@ -590,31 +666,41 @@ def _interruptible(folder: Path, config: RunConfig, *, single: bool = False) -> 
         raise typer.Exit(_INTERRUPTED) from None
 
 
-def _read_runs(folders: Sequence[Path]) -> list[Run]:
-    from mmzoo.evaluation.runs import read_run
+def _read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """The models of some runs, and the titles of those that are not finished, which it tells."""
+    from mmzoo.evaluation.runs import read_run, unfinished_models
 
     runs = [run for folder in folders for run in read_run(folder)]
-    return list({run.folder.resolve(): run for run in runs}.values())
+    absent = [title for folder in dict.fromkeys(folders) for title in unfinished_models(folder)]
+    for title in absent:
+        print(f"{title}: not finished, left out")
+    return list({run.folder.resolve(): run for run in runs}.values()), absent
 
 
 def _compare_runs(folders: Sequence[Path], out: Path | None) -> None:
     from mmzoo.evaluation.runs import merge_tables
 
-    runs = _read_runs(folders)
+    runs, unfinished = _read_runs(folders)
     if out is None:
-        _print_table(merge_tables(runs))
+        _print_table(merge_tables(runs, unfinished=unfinished))
     else:
-        _summarise(runs, out, f"mmzoo compare {' '.join(map(str, folders))}")
+        _summarise(runs, unfinished, out, f"mmzoo compare {' '.join(map(str, folders))}")
 
 
-def _summarise(runs: Sequence[Run], folder: Path, command: str, *, show: bool = True) -> None:
+def _summarise(
+    runs: Sequence[Run], unfinished: Sequence[str], folder: Path, command: str, *, show: bool = True
+) -> None:
     from mmzoo.evaluation.runs import merge_tables, write_summary
 
     if show:
-        _print_table(merge_tables(runs))
+        _print_table(merge_tables(runs, unfinished=unfinished))
     with _console().status("tables, pictures and the report") as status:
         write_summary(
-            runs, folder, command, on_model=lambda title: status.update(f"pictures of {title}")
+            runs,
+            folder,
+            command,
+            unfinished=unfinished,
+            on_model=lambda title: status.update(f"pictures of {title}"),
         )
     print(f"Kept in {folder}. Open {folder / 'report.html'}")
 

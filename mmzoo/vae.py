@@ -49,6 +49,7 @@ _FAMILIES: dict[str, type[dist.Normal] | type[dist.Laplace]] = {
     "laplace": dist.Laplace,
 }
 _MIN_SCALE = 1e-4
+_FORMAT = 1  # of config.json
 
 Rows = Mapping[str, Tensor | None] | Batch
 _fresh = itertools.count()
@@ -664,7 +665,7 @@ class MultimodalVAE(nn.Module):
     def config(self) -> dict[str, Any]:
         """Everything but the weights, as plain data."""
         return {
-            "format": 1,
+            "format": _FORMAT,
             "model": self.name,
             "latent_dim": self.latent_dim,
             "options": self.options,
@@ -728,11 +729,17 @@ class MultimodalVAE(nn.Module):
             ) from error
         try:
             weights = load_file(Path(directory) / "model.safetensors")
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"checkpoint {directory}: expected weights in model.safetensors, found none that "
+                f"can be read ({error}); save the model again"
+            ) from error
+        try:
             floating = [value for value in weights.values() if value.is_floating_point()]
             vae.to(next(iter(floating), vae.generative.prior_loc).dtype)
             vae.load_state_dict(weights)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+        except RuntimeError as error:
+            reason = " ".join(" ".join(str(error).splitlines()[:2]).split())
             raise ValueError(
                 f"checkpoint {directory}: its weights do not fit its config.json ({reason}); "
                 "save the model again, or pass the modalities it was built with"
@@ -1122,7 +1129,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     try:
         config = json.loads((directory / "config.json").read_text())
         missing = {"model", "latent_dim", "options", "modalities"} - set(config)
-    except (OSError, json.JSONDecodeError, TypeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
         raise ValueError(
             f"checkpoint {directory}: expected a folder with config.json and model.safetensors, "
             f"found none that can be read ({error}); name the folder of save_pretrained"
@@ -1131,5 +1138,10 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise ValueError(
             f"checkpoint {directory}: config.json lacks {', '.join(sorted(missing))}; it was not "
             "written by save_pretrained"
+        )
+    if config.get("format", _FORMAT) != _FORMAT:
+        raise ValueError(
+            f"checkpoint {directory}: expected a config.json of format {_FORMAT}, found "
+            f"{config['format']!r}; load it with the version of mmzoo that saved it"
         )
     return config

@@ -13,15 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 import xarray as xr
 from conftest import ROOT
 from typer.testing import CliRunner, Result
 
 import mmzoo.evaluation.runs as runs_module
 from mmzoo import cli
+from mmzoo.config import DEFAULT_MODELS, RunConfig, read_config, to_toml, write_config
 from mmzoo.data import DATASETS, digits
 from mmzoo.evaluation import load_datatree
-from mmzoo.evaluation.config import DEFAULT_MODELS, RunConfig, read_config, to_toml, write_config
 from mmzoo.evaluation.runs import build, class_accuracy, load_data, read_run
 from mmzoo.evaluation.tables import aggregate_seeds
 from mmzoo.models import MODELS
@@ -76,6 +77,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_models_are_listed() -> None:
     shown = works("models")
     assert all(name in shown and str(cls.year) in shown for name, cls in MODELS.items())
+    said = " ".join(shown.split())
+    assert "at least 2 modalities; VAE and Linear, which takes Gaussian ones only, are" in said
 
 
 def test_data_sets_are_listed() -> None:
@@ -95,6 +98,27 @@ def test_help_names_every_command() -> None:
     for name in ("models", "data", "train", "evaluate", "compare", "report"):
         assert f" {name} " in shown
         assert "Usage" in works(name, "--help")
+
+
+def test_help_says_what_an_interruption_costs() -> None:
+    for command in ("train", "compare"):
+        assert "starts from epoch 1" in " ".join(works(command, "--help", width=200).split())
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_help_says_the_defaults(command: str) -> None:
+    shown = works(command, "--help", width=200)
+    lines = {line.split()[1]: line for line in shown.splitlines() if line.startswith("│ --")}
+    general, own = RunConfig.make("mnist"), RunConfig.make("digits")
+    for flag in ("epochs", "batch-size", "learning-rate", "latent-dim", "num-samples"):
+        first, second = (getattr(each, flag.replace("-", "_")) for each in (general, own))
+        said = f"{first}" if first == second else f"{first}; digits: {second}"
+        assert f"[default: ({said})]" in lines[f"--{flag}"]
+    for flag in ("binarize", "prior-share", "seed", "network", "device"):
+        assert f"[default: ({getattr(general, flag.replace('-', '_'))})]" in lines[f"--{flag}"]
+    assert "[default: (512,512; digits: 256,256)]" in lines["--hidden"]
+    if command == "compare":
+        assert f"[default: ({','.join(DEFAULT_MODELS)})]" in lines["--models"]
 
 
 def test_version() -> None:
@@ -248,6 +272,62 @@ def test_unreliable_cells_are_marked(compared: Path) -> None:
     assert "not reliable" in runs_module.table_note(table)
 
 
+def test_settings_that_differ_are_told(compared: Path) -> None:
+    shutil.copytree(compared, "run")
+    assert "8 importance samples each, 20 % of them" in Path("run/table.md").read_text()
+    works("evaluate", "run/mmvae", "--num-samples", 5, "--prior-share", 0, "--no-checks")
+    works("report", "run")
+    told = "Importance samples (share of them from the prior): MVAE 8 (20 %), MMVAE 5 (0 %)."
+    text = Path("run/table.md").read_text()
+    assert text.count(told) == 1 and "each, 20 %" not in text
+    assert told in Path("run/report.html").read_text()
+
+
+def test_unfinished_models_are_told(compared: Path) -> None:
+    shutil.copytree(compared, "run")
+    Path("run/mmvae/history.nc").unlink()
+    for command in (
+        ("compare", "run"),
+        ("evaluate", "run", "--no-checks", "--limit", 10),
+        ("report", "run"),
+    ):
+        shown = works(*command)
+        assert shown.startswith("MMVAE: not finished, left out\n")
+        assert command[0] == "report" or "Not finished, left out: MMVAE." in shown
+    for name in ("table.md", "report.html"):
+        assert "Not finished, left out: MMVAE." in Path("run", name).read_text()
+
+
+DIVERGING = (*TINY, "--batch-size", 4, "--learning-rate", "1e300")
+
+
+def test_a_diverged_training_is_told() -> None:
+    result = call("train", "mvae", *DIVERGING, "--out", "run")
+    assert result.exit_code == 1
+    said = "mmzoo: MVAE: training stopped in epoch 1 since the loss is not finite; kept are its"
+    assert result.stderr.startswith(said) and result.stderr.count("\n") == 1
+    assert call("train", "mvae", *DIVERGING, "--out", "run", "--resume").exit_code == 1
+    works("evaluate", "run", "--no-checks")
+    works("report", "run")
+    for name in ("table.md", "report.html"):
+        text = Path("run", name).read_text()
+        assert "MVAE (diverged)" in text and "stopped since the loss was not finite" in text
+    assert "<h2>Training</h2>" not in Path("run/report.html").read_text()
+
+
+def test_a_diverged_model_of_a_comparison_is_marked(compared: Path) -> None:
+    shutil.copytree(compared, "run")
+    path = Path("run/mvae/history.nc")
+    with xr.open_dataset(path) as history:
+        stopped = history.load().isel(epoch=slice(0))
+    stopped.attrs["stopped"] = "diverged"
+    stopped.to_netcdf(path, engine="h5netcdf")
+    shown = works("compare", "run", "--out", "run")
+    assert shown.count("MVAE (diverged)") == shown.count("MMVAE") > 0
+    assert "MVAE (diverged)," in Path("run/table.csv").read_text()
+    assert "<h2>Training</h2>" in Path("run/report.html").read_text()
+
+
 # Interruption -------------------------------------------------------------------------------------
 
 
@@ -366,6 +446,44 @@ def test_command_line_of_a_config_repeats_it(monkeypatch: pytest.MonkeyPatch) ->
     for command in ("train", "compare"):
         call(*shlex.split(config.command(command))[1:])
     assert found == [config, config]
+
+
+def test_options_are_added_to_those_of_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = RunConfig.make(
+        "digits",
+        models=("mwvae", "mopoe"),
+        missing={"label": 0.25},
+        options={"mwvae": {"alignment_weight": 2.5}, "mopoe": {"beta": 1}},
+    )
+    write_config(config, "compare", "several.toml")
+    write_config(config.only("mwvae"), "train", "single.toml")
+    found: list[RunConfig] = []
+
+    def prepare(made: RunConfig, *rest: object) -> None:
+        found.append(made)
+        raise typer.Exit
+
+    monkeypatch.setattr(cli, "_prepare", prepare)
+    several = ("compare", "--config", "several.toml", "--option", "mwvae.beta=2")
+    call(*several, "--missing", "image=0.5", "--missing", "label=0.75")
+    call(*several, "--option", "mwvae.alignment_weight=3", "--models", "mwvae")
+    call("train", "--config", "single.toml", "--option", "beta=2")
+    both, one, single = found
+    assert both.options == {"mwvae": {"alignment_weight": 2.5, "beta": 2}, "mopoe": {"beta": 1}}
+    assert both.missing == {"label": 0.75, "image": 0.5}
+    assert one.models == ("mwvae",)
+    assert one.options == {"mwvae": {"alignment_weight": 3, "beta": 2}}
+    assert single.options == {"mwvae": {"alignment_weight": 2.5, "beta": 2}}
+    said = fails("compare", "--config", "several.toml", "--option", "mvae.beta=2")
+    assert "with one of the models mwvae, mopoe" in said
+
+
+@pytest.mark.parametrize("text", ["True", "False", "true", "FALSE"])
+def test_true_and_false_in_any_case(text: str) -> None:
+    works(*TRAIN, "--option", f"learned_prior={text}", "--out", "run")
+    wanted = text.lower() == "true"
+    assert read_config("run/config.toml")[1].options == {"mvae": {"learned_prior": wanted}}
+    assert read_run("run")[0].vae.options["learned_prior"] is wanted
 
 
 # Configurations -----------------------------------------------------------------------------------
@@ -513,6 +631,12 @@ BAD = {
     ),
     "no run": (["evaluate", "nowhere"], "run nowhere: expected a folder with config.toml"),
     "no run to compare": (["compare", "nowhere"], "run nowhere: expected a folder with config"),
+    "runs and training": (
+        ["compare", "some", *TINY, "--models", "mvae", "--option", "mvae.beta=2"],
+        "found both: --data, --models, --epochs, --latent-dim, --hidden, --limit, --option",
+    ),
+    "runs and resume": (["compare", "some", "--resume"], "found both: --resume; leave out one"),
+    "report of several": (["report", "a", "b"], "report: expected --out with 2 runs, found none"),
     "no run to report": (["report", "nowhere"], "run nowhere: expected a folder with config"),
     "no config": (["train", "--config", "nowhere"], "nowhere: expected the config.toml of a run"),
     "command": (["frobnicate"], "No such command 'frobnicate'"),
@@ -525,6 +649,9 @@ BAD = {
     "limit": ([*TRAIN, "--limit", "0"], "limit: expected at least 1, found 0"),
     "test rows": ([*TRAIN, "--test-rows", "0"], "test_rows: expected at least 1, found 0"),
     "seed": ([*TRAIN, "--seed", "-1"], "seed: expected at least 0, found -1"),
+    "large seed": ([*TRAIN, "--seed", "9" * 23], "seed: expected at most 2147483647, found 9"),
+    "large data seed": ([*TRAIN, "--data-seed", 2**31], "data_seed: expected at most 2147483647"),
+    "evaluate share": (["evaluate", "x", "--prior-share", "2"], "prior_share: expected 0 <= share"),
     "threads": ([*TRAIN, "--threads", "0"], "threads: expected at least 1, found 0"),
     "samples": ([*TRAIN, "--num-samples", "0"], "num_samples: expected at least 1, found 0"),
     "evaluate samples": (["evaluate", "x", "--num-samples", "0"], "num_samples: expected at least"),
@@ -546,6 +673,11 @@ BAD = {
         ["train", "mmvae", *TINY, "--option", "num_samples=x"],
         "check {'num_samples': 'x'}",
     ),
+    "option flag": (
+        [*TRAIN, "--option", "learned_prior=1"],
+        "options of mvae: expected true or false for learned_prior, found 1",
+    ),
+    "option flag text": ([*TRAIN, "--option", "vectorized=no"], "true or false for vectorized"),
     "option model": ([*TWO, "--option", "beta=2"], "expected MODEL.name=value with one of the"),
     "modalities": (["train", "vae", *TINY], "see `mmzoo models` for what each model takes"),
 }
@@ -590,6 +722,69 @@ def test_finished_runs_are_not_overwritten(compared: Path) -> None:
     assert (compared / "table.csv").read_bytes() == before
 
 
+def test_weights_of_another_run_are_not_taken() -> None:
+    works("train", "mvae", *TINY, "--option", "beta=50", "--out", "run/mvae")
+    command = ("compare", *TINY, "--models", "mvae,jmvae", "--out", "run")
+    assert "run: holds a run already; add --resume" in fails(*command)
+    said = fails(*command, "--resume")
+    assert "run/mvae: mvae was made with the options {'beta': 50}, now they are {}" in said
+    said = fails(*command, "--resume", "--option", "mvae.beta=50", "--epochs", 2)
+    assert "run/mvae: was made with epochs = 1, now it is 2" in said
+    assert not Path("run/config.toml").exists() and not Path("run/jmvae").exists()
+    shutil.move("run/mvae", "run/jmvae")
+    assert "run/jmvae: expected a run of jmvae, found one of mvae" in fails(*command, "--resume")
+
+
+def test_options_of_a_model_that_an_earlier_resume_left_out() -> None:
+    def command(models: str, *rest: str) -> list[str]:
+        return ["compare", *TINY, "--no-checks", "--models", models, "--out", "run", *rest]
+
+    works(*command("mvae", "--option", "mvae.beta=50"))
+    works(*command("jmvae", "--resume"))
+    said = fails(*command("mvae,jmvae", "--resume"))
+    assert "run/mvae: mvae was made with the options {'beta': 50}, now they are {}" in said
+
+
+def test_a_folder_of_the_other_command(compared: Path) -> None:
+    said = fails(*TRAIN, "--out", compared, "--resume")
+    assert "expected a run of mmzoo train, found one of mmzoo compare" in said
+    said = fails(*TWO, "--out", compared / "mvae", "--resume")
+    assert "expected a run of mmzoo compare, found one of mmzoo train" in said
+
+
+def test_a_bad_option_is_found_before_the_first_model_is_trained() -> None:
+    said = fails(*TWO, "--option", "mmvae.beta=1", "--out", "run")
+    assert "option 'beta': unknown to mmvae" in said
+    command = ("compare", *TINY, "--no-checks", "--models", "mvae,mwvae", "--out", "run")
+    said = fails(*command, "--option", "mwvae.beta=abc")
+    assert "options of mwvae: SubsetELBO: expected beta >= 0, found 'abc' at step 0; check" in said
+    assert not Path("run").exists()
+    works(*command, "--option", "mwvae.beta=1")
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["beta=[1,2]", "beta=nan", "beta=-1", "num_random=1.5", "num_random=-1"]
+    + [f"modality_weights={{label={weight}}}" for weight in ('"a"', "-3")],
+)
+def test_bad_values_of_options(option: str) -> None:
+    said = fails(*TRAIN, "--option", option)
+    assert "options of mvae: " in said and f"check {{'{option.partition('=')[0]}'" in said
+    assert not list(Path().iterdir())
+
+
+def test_a_failed_training_does_not_block_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("fit: expected better luck")
+
+    for command in (("train", "mvae"), ("compare", "--models", "mvae", "--no-checks")):
+        words = (*command, *TINY, "--out", command[0])
+        with monkeypatch.context() as patch:
+            patch.setattr(runs_module, "fit", broken)
+            assert "expected better luck" in fails(*words)
+        works(*words, "--seed", 1, *(["--resume"] if command[0] == "compare" else []))
+
+
 def test_config_of_another_command(compared: Path) -> None:
     said = fails("train", "--config", compared / "config.toml")
     assert "was written by mmzoo compare; use mmzoo compare --config" in said
@@ -603,6 +798,18 @@ def test_config_of_another_command(compared: Path) -> None:
         ("command = 'train'\ndata = 'digits'\nfoo = 1", "found unknown keys foo"),
         ("command = 'train'\ndata = 'digits'\nepochs = 'x'", "epochs: expected int, found 'x'"),
         ("command = 'train'\ndata = 'digits'\nseed = true", "seed: expected int, found True"),
+        (
+            "command = 'train'\ndata = 'digits'\n[missing]\nlabel = 'x'",
+            "config.toml: missing label: expected a fraction between 0 and 1, found 'x'",
+        ),
+        (
+            "command = 'train'\ndata = 'digits'\n[options]\nmvae = 3",
+            "options mvae: expected options by name, found 3; write them below [options.mvae]",
+        ),
+        (
+            "command = 'train'\ndata = 'digits'\n[options.nosuch]\nbeta = 3",
+            "options nosuch: expected one of the models mvae, mmvae, mopoe, jmvae, mwvae; leave",
+        ),
     ],
 )
 def test_damaged_config(text: str, message: str) -> None:
@@ -624,6 +831,22 @@ def test_checkpoint_of_another_model(compared: Path, tmp_path: Path) -> None:
         (compared / "mvae" / "model.safetensors").read_bytes()
     )
     assert "expected a NetCDF file, found none that can be read" in fails("evaluate", folder)
+
+
+@pytest.mark.parametrize(
+    ("taken", "path", "message"),
+    [
+        ("history", "table", "expected a table of likelihoods, found a file of loss"),
+        ("table", "history", "expected the history of a training, found a file of mean"),
+        ("table", "checks", "expected a group for each check, found a file of mean"),
+    ],
+)
+def test_files_of_a_run_that_are_exchanged(
+    compared: Path, taken: str, path: str, message: str
+) -> None:
+    shutil.copytree(compared / "mvae", "run")
+    shutil.copy(f"run/{taken}.nc", f"run/{path}.nc")
+    assert f"run/{path}.nc: {message}" in fails("report", "run")
 
 
 def test_run_without_a_trained_model(compared: Path) -> None:

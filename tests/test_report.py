@@ -100,6 +100,15 @@ def test_it_is_well_formed_and_self_contained(page: str) -> None:
         assert (int(image["width"]), int(image["height"])) == sides
 
 
+def test_what_scrolls_sideways_says_so(page: str) -> None:
+    style = page[page.index("<style>") : page.index("</style>")]
+    assert re.search(r"\.scroll { background:[^}]*var\(--shade\)[^}]* scroll; }", style)
+    hint = re.search(r"@media screen and \(max-width: (\d+)rem\) {[^@]*Scroll the picture", style)
+    narrowest = re.search(r"figure img { min-width: (\d+)rem; }", style)
+    assert hint and narrowest and int(hint[1]) == int(narrowest[1]) + 3  # the margins of the page
+    assert page.count('class="scroll" tabindex="0"') == page.count("<table>")
+
+
 def test_every_number_stands_in_its_cell(page: str) -> None:
     cells = [cell.replace("\u00a0", " ").replace("\u2212", "-") for cell in Page(page).cells]
     assert cells == [

@@ -550,6 +550,7 @@ def test_bad_options(options, message):
         ),
         ({"beta": -1.0}, "expected beta >= 0, found -1.0 at step 0"),
         ({"beta": lambda step: float("nan")}, "expected beta >= 0, found nan at step 0"),
+        ({"beta": "abc"}, "expected beta >= 0, found 'abc' at step 0"),
         (
             {"modality_weights": {"a": -2.0}},
             r"expected modality_weights\['a'\] >= 0, found -2.0 at step 0",

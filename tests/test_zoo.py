@@ -640,7 +640,10 @@ def test_custom_networks_are_asked_for(name, tmp_path):
 
 def test_other_modalities_do_not_fit_a_checkpoint(tmp_path):
     case("mvae", 2).save_pretrained(tmp_path)
-    message = "its weights do not fit its config.json .* or pass the modalities it was built with"
+    message = (
+        r"its weights do not fit its config.json \(Error.*.*state_dict for MVAE: \S+.*\); "
+        "save the model again, or pass the modalities it was built with"
+    )
     with pytest.raises(ValueError, match=message):
         MVAE.from_pretrained(tmp_path, modalities=[Modality("vector", (3,)), Modality("b", (2,))])
 
@@ -661,7 +664,7 @@ def test_corrupt_weights(content, tmp_path):
     else:
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
-    message = r"^checkpoint .*: its weights do not fit its config\.json \(.*save the model again"
+    message = r"^checkpoint .*: expected weights in model\.safetensors, found none .*save the model"
     with pytest.raises(ValueError, match=message):
         MVAE.from_pretrained(tmp_path)
 
@@ -684,6 +687,25 @@ def test_folder_without_a_config(content, tmp_path):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     message = "^checkpoint .*config.json.*save_pretrained"
+    with pytest.raises(ValueError, match=message):
+        MVAE.from_pretrained(tmp_path)
+
+
+def test_config_that_is_no_text(tmp_path):
+    case("mvae", 2).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes(bytes(range(128, 256)))
+    message = "^checkpoint .*expected a folder with config.json.*decode.*save_pretrained"
+    with pytest.raises(ValueError, match=message):
+        MVAE.from_pretrained(tmp_path)
+
+
+def test_config_of_another_format(tmp_path):
+    case("mvae", 2).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "format": 99}))
+    message = (
+        "^checkpoint .*: expected a config.json of format 1, found 99; load it with the version"
+    )
     with pytest.raises(ValueError, match=message):
         MVAE.from_pretrained(tmp_path)
 
