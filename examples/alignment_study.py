@@ -28,8 +28,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from mmzoo.config import RunConfig
 from mmzoo.data import MultimodalDataset
-from mmzoo.evaluation.config import RunConfig
 from mmzoo.evaluation.runs import Run, load_data, read_run, train_run
 from mmzoo.seeding import seeded
 

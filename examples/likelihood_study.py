@@ -52,8 +52,8 @@ import xarray as xr
 from torch import Tensor
 
 from mmzoo import MultimodalVAE
+from mmzoo.config import RunConfig
 from mmzoo.evaluation.annealed import annealed_log_likelihood, bidirectional
-from mmzoo.evaluation.config import RunConfig
 from mmzoo.evaluation.likelihood import log_likelihood
 from mmzoo.evaluation.runs import Run, load_data, read_run, train_run
 
