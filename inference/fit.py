@@ -128,8 +128,8 @@ def fit(
 
     if epochs < 1 or batch_size < 1:
         raise ValueError(f"fit: expected epochs, batch_size >= 1, found {epochs}, {batch_size}")
-    if not 0 < learning_rate < math.inf:
-        raise ValueError(f"fit: expected a positive learning_rate, found {learning_rate}")
+    if not 0 <= learning_rate < math.inf:
+        raise ValueError(f"fit: expected a finite learning_rate >= 0, found {learning_rate}")
     if patience is not None and validation is None:
         raise ValueError(
             "fit: expected validation rows for patience, found none; pass validation=…"

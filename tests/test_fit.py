@@ -734,7 +734,7 @@ class Affine(nn.Module):
     [
         ({"epochs": 0}, "fit: expected epochs, batch_size >= 1, found 0, 128"),
         ({"batch_size": 0}, "fit: expected epochs, batch_size >= 1, found 50, 0"),
-        ({"learning_rate": math.nan}, "fit: expected a positive learning_rate, found nan"),
+        ({"learning_rate": math.nan}, "fit: expected a finite learning_rate >= 0, found nan"),
         (
             {"patience": 3},
             "fit: expected validation rows for patience, found none; pass validation",
