@@ -244,7 +244,7 @@ def defaults() -> dict[str, str]:
 
 def _in_words(value: Any) -> str:
     if isinstance(value, tuple):
-        return ",".join(map(str, value))
+        return ", ".join(map(str, value))  # which a narrow terminal can wrap
     return "" if value is None or value == {} else str(value)
 
 

@@ -116,9 +116,9 @@ def test_help_says_the_defaults(command: str) -> None:
         assert f"[default: ({said})]" in lines[f"--{flag}"]
     for flag in ("binarize", "prior-share", "seed", "network", "device"):
         assert f"[default: ({getattr(general, flag.replace('-', '_'))})]" in lines[f"--{flag}"]
-    assert "[default: (512,512; digits: 256,256)]" in lines["--hidden"]
+    assert "[default: (512, 512; digits: 256, 256)]" in lines["--hidden"]
     if command == "compare":
-        assert f"[default: ({','.join(DEFAULT_MODELS)})]" in lines["--models"]
+        assert f"[default: ({', '.join(DEFAULT_MODELS)})]" in lines["--models"]
 
 
 def test_version() -> None:
