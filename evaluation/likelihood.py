@@ -288,15 +288,29 @@ def likelihood_table(
         ``row_pareto_k``. With a target besides ``row_num_samples`` and, over the cells,
         ``rows_above_target``.
     """
+    if not isinstance(models, Mapping):
+        raise TypeError(
+            f"likelihood_table: expected {{title: vae}}, found {type(models).__name__}; give every "
+            "model a title"
+        )
     if not models:
         raise ValueError(
             "likelihood_table: expected at least one model, found none; pass {title: vae}"
         )
+    for what, mapping in (("x", x), ("observed", observed or {})):
+        if not isinstance(mapping, Mapping):
+            raise TypeError(
+                f"likelihood_table: expected {what} as a dict of tensors, found "
+                f"{type(mapping).__name__}; a data set gives both by x, observed = data.tensors()"
+            )
     known_names = {name: m for vae in models.values() for name, m in vae.modalities.items()}
     for what, mapping in (("x", x), ("observed", observed or {})):
         modality_names(known_names, mapping, f"likelihood_table {what}")
     quantities = _default_quantities(list(known_names)) if quantities is None else quantities
     pairs = [_question(each) for each in quantities]
+    modality_names(
+        known_names, [n for pair in pairs for each in pair for n in each], "likelihood_table"
+    )
     titles = [quantity_name(of, given) for of, given in pairs]
     num_rows = _num_rows(x)
     growth = _Growth.make(num_samples, target_mcse, max_samples)

@@ -132,7 +132,9 @@ def main() -> None:
     for title, found in checks.items():
         passes = found["calibration"].to_dataset()["passes"].to_series()
         image_from_label = found["coherence"]["coherence"].sel(subset="label", target="image")
-        print(f"{title}: calibrated given", ", ".join(passes.index[passes]) or "nothing", end="; ")
+        print(
+            f"{title}: calibrated given", ", ".join(passes.index[passes]) or "no subset", end="; "
+        )
         print(f"pictures show the label in {float(image_from_label):.0%} of {rows} rows")
 
     few = {name: value[:64] for name, value in x.items()}

@@ -179,9 +179,10 @@ def _check_mask(name: str, mask: Tensor, rows: int) -> None:
         found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(
             f"observed[{name!r}]: expected a bool tensor ({rows},), found {found}; convert it with "
-            "mask.bool()"
+            "torch.as_tensor(mask).bool()"
         )
-    if mask.dim() < 1 or mask.shape[-1] not in (1, rows):
+    # One entry stands for every row; (N, 1) would give every row the masks of all.
+    if mask.dim() < 1 or (mask.shape[-1] != rows and mask.shape != (1,)):
         raise ValueError(
             f"observed[{name!r}]: expected shape ({rows},), found {tuple(mask.shape)}; one entry "
             "for each row of x"

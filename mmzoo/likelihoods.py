@@ -11,10 +11,12 @@ the one-hot categorical are written in terms of the logits, which is faster and 
 
 import copy
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
@@ -296,8 +298,12 @@ class Categorical(Likelihood):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
+        with suppress(TypeError):  # numpy's integers and tensors of one are as good
+            num_classes = operator.index(num_classes)
         if not isinstance(num_classes, int) or num_classes < 2:
-            raise ValueError(f"Categorical: expected num_classes of 2 or more, found {num_classes}")
+            raise ValueError(
+                f"Categorical: expected num_classes of 2 or more, found {num_classes!r}"
+            )
         self.num_classes = num_classes
 
     def param_shapes(self, event_shape: Shape) -> dict[str, Shape]:
@@ -327,7 +333,7 @@ class Categorical(Likelihood):
         if value.is_floating_point() or value.is_complex():
             raise TypeError(
                 f"{where}: expected integer labels for likelihood 'categorical', found "
-                f"{value.dtype}; use .long()"
+                f"{value.dtype}; use .long(), or .argmax(-1) of one-hot rows"
             )
 
     def check_support(self, value: Tensor, where: str) -> None:
@@ -631,9 +637,11 @@ def _positive_or(value: object, words: tuple[str, ...], where: str) -> Any:
     """Return a positive float or one of the words."""
     if isinstance(value, str) and value in words:
         return value
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and 0 < value < math.inf:  # type: ignore[operator]
-        return float(value)  # type: ignore[arg-type]
+    number: Any = value
+    if isinstance(value, np.generic | np.ndarray | Tensor) and value.shape == ():
+        number = value.item()  # such as a standard deviation of the data
+    if isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < math.inf:
+        return float(number)
     choices = " or ".join(repr(word) for word in words)
     raise ValueError(f"{where}: expected a positive number or {choices}, found {value!r}")
 

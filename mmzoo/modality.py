@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -237,14 +238,15 @@ def _check_name(name: object) -> None:
 
 def _event_shape(shape: object, where: str) -> tuple[int, ...]:
     valid = isinstance(shape, tuple | list) and all(
-        isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in shape
+        isinstance(size, Integral) and not isinstance(size, bool) and int(size) > 0
+        for size in shape
     )
     if not valid:
         raise ValueError(
             f"{where}: expected event_shape to be a tuple of positive integers, found {shape!r}; "
             "write (200,) for a vector of 200 entries"
         )
-    return tuple(shape)  # type: ignore[arg-type]
+    return tuple(int(size) for size in shape)  # type: ignore[attr-defined]
 
 
 def _is_described(spec: NetworkSpec | None) -> bool:

@@ -699,7 +699,8 @@ class MultimodalVAE(nn.Module):
 
         Args:
             directory: The folder.
-            modalities: The modalities, needed where they hold networks or likelihoods of your own.
+            modalities: The modalities, needed where they hold networks or likelihoods of your own;
+                otherwise as they were saved.
             prior: The prior, needed where it is one of your own.
 
         Raises:
@@ -717,6 +718,8 @@ class MultimodalVAE(nn.Module):
             )
         if prior is not None:
             _check_takes_prior(cls)
+        if modalities is not None:
+            _check_as_saved(directory, config["modalities"], modalities)
         try:
             if modalities is None:
                 modalities = [Modality.from_config(each) for each in config["modalities"]]
@@ -1123,6 +1126,33 @@ def modalities_by_name(
             "see `mmzoo models` for what each model takes"
         )
     return by_name
+
+
+def _check_as_saved(
+    directory: str | os.PathLike[str],
+    saved: Sequence[Mapping[str, Any]],
+    modalities: Sequence[Modality],
+) -> None:
+    """Refuses modalities that would give the weights another meaning.
+
+    Raises:
+        ValueError: Where something differs that is not a network or likelihood of the user's own.
+    """
+    names = [each["name"] for each in saved], [each.name for each in modalities]
+    if names[0] != names[1]:
+        raise ValueError(
+            f"checkpoint {directory}: expected the modalities {', '.join(names[0])} in this order, "
+            f"found {', '.join(names[1])}"
+        )
+    for before, modality in zip(saved, modalities, strict=True):
+        now = json.loads(json.dumps(modality.config()))
+        for what, value in before.items():
+            own = isinstance(value, Mapping) and value.get("custom")
+            if not own and now.get(what) != value:
+                raise ValueError(
+                    f"checkpoint {directory}: modality {modality.name!r} was saved with {what} "
+                    f"{value}, found {now.get(what)}; pass the modalities it was saved with"
+                )
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

@@ -169,12 +169,12 @@ def test_values_with_leading_dimensions(vae, x):
 def test_mask_that_is_not_bool(vae, x, mask):
     match = (
         r"^observed\['image'\]: expected a bool tensor \(5,\), found (torch.float64|torch.int64|"
-        r"list); convert it with mask\.bool\(\)$"
+        r"list); convert it with torch\.as_tensor\(mask\)\.bool\(\)$"
     )
     rejects(vae, x, {"image": mask}, TypeError, match)
 
 
-@pytest.mark.parametrize("shape", [(4,), (), (5, 4), (5, 0)])
+@pytest.mark.parametrize("shape", [(4,), (), (5, 4), (5, 0), (5, 1)])
 def test_mask_of_another_shape(vae, x, shape):
     match = (
         r"^observed\['image'\]: expected shape \(5,\), found \(.*\); one entry for each row of x$"
@@ -205,7 +205,7 @@ def test_value_that_is_no_tensor(vae, x):
 def test_float_labels(vae, x):
     match = (
         "^modality 'digit': expected integer labels for likelihood 'categorical', found "
-        r"torch.float64; use \.long\(\)$"
+        r"torch.float64; use \.long\(\), or \.argmax\(-1\) of one-hot rows$"
     )
     rejects(vae, {**x, "digit": x["digit"].double()}, None, TypeError, match)
 

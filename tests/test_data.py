@@ -773,12 +773,44 @@ def test_from_pandas_groups_columns():
     assert masked.observed["age"].tolist() == [True, True, False]
 
 
+def test_from_pandas_takes_flags_beside_numbers():
+    table = pd.DataFrame({"flag": [True, False, True], "age": [50.0, 60.0, 70.0], "n": [1, 2, 3]})
+    table["whole"] = pd.array([4, None, 6], dtype="Int64")
+    table["maybe"] = pd.array([True, None, False], dtype="boolean")
+    columns = {"all": ["flag", "age", "n"], "two": ["flag", "n"], "holes": ["whole", "maybe"]}
+    x, observed = from_pandas(table, columns, nan_missing=True).tensors()
+    assert x["all"].tolist() == [[1.0, 50.0, 1.0], [0.0, 60.0, 2.0], [1.0, 70.0, 3.0]]
+    assert x["two"].tolist() == [[1.0, 1.0], [0.0, 2.0], [1.0, 3.0]]
+    assert x["holes"][[0, 2]].tolist() == [[4.0, 1.0], [6.0, 0.0]]
+    assert observed["holes"].tolist() == [True, False, True]
+
+
+def test_labels_with_holes_are_labels():
+    """Integers with holes, which pandas keeps as floats, where the model wants integers."""
+    table = pd.DataFrame({"g": [1.0, 2.0, 3.0], "kind": [2, None, 1]})
+    parts = [Modality("g", (1,)), Modality("kind", (1,), Categorical(3))]
+    columns = {"g": ["g"], "kind": ["kind"]}
+    x, observed = from_pandas(table, columns, modalities=parts, nan_missing=True).tensors()
+    assert x["kind"].dtype == torch.int64
+    assert x["kind"][[0, 2], 0].tolist() == [2, 1]
+    assert observed["kind"].tolist() == [True, False, True]
+    table["kind"] = [0.5, None, 1]
+    data = from_pandas(table, columns, modalities=parts, nan_missing=True)
+    with pytest.raises(TypeError, match="modality 'kind': expected integer labels"):
+        data.modalities[1].check(data.tensors()[0]["kind"])
+
+
 @pytest.mark.parametrize(
     ("columns", "options", "error", "message"),
     [
         ({"g": "g1"}, {}, TypeError, r"columns\['g'\]: .* found the string 'g1'; write \['g1'\]"),
         ({"g": ["g3"]}, {}, ValueError, r"columns\['g'\]: expected names among .* \['g3'\]"),
-        ({"t": ["tissue"]}, {}, TypeError, r"x\['t'\]: expected numbers or booleans"),
+        (
+            {"t": ["g1", "tissue"]},
+            {},
+            TypeError,
+            r"columns\['t'\]: expected numbers or booleans, found tissue \((object|str)\); encode",
+        ),
         ({"g": ["g1"]}, {"labels": ["y"]}, ValueError, r"observed and labels: .* \['y'\]"),
         ({"g": ["g1"]}, {"observed": {"h": "seen"}}, ValueError, r"observed: .* found \['h'\]"),
         ({"g": ["g1"]}, {}, ValueError, "modality 'g': expected numbers in observed rows"),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mmzoo import Modality, MultimodalVAE
 from mmzoo.combine import product_of_experts
+from mmzoo.data import MultimodalDataset
 from mmzoo.distributions import Mixture
 from mmzoo.evaluation.amortization import amortization_gap
 from mmzoo.evaluation.annealed import annealed_log_likelihood
@@ -972,6 +973,19 @@ def test_rows_have_one_dimension():
         log_likelihood(vae, x, of="a")
     with pytest.raises(ValueError, match=r"x\['a'\]: expected one dimension of rows"):
         row_masks(vae, x)
+
+
+def test_table_says_what_it_takes():
+    w, vae = zero_variance()
+    x = w.sample(4, seed=4)
+    with pytest.raises(TypeError, match=r"expected \{title: vae\}, found .*; give every model a"):
+        likelihood_table(vae, x)
+    with pytest.raises(TypeError, match="expected x as a dict of tensors, found MultimodalDataset"):
+        likelihood_table({"it": vae}, MultimodalDataset(x))
+    with pytest.raises(TypeError, match="expected observed as a dict of tensors, found list"):
+        likelihood_table({"it": vae}, x, [True])
+    with pytest.raises(ValueError, match="likelihood_table: unknown modality 'imgae'"):
+        likelihood_table({"it": vae}, x, quantities=[("imgae", ())])
 
 
 @pytest.mark.parametrize("asked", ["a", ("a",), ("a", "b", "c")])

@@ -531,7 +531,7 @@ def test_callable_errors():
             "^modality 'm': .* found a custom callable, which is not stored",
         ),
         (lambda: Categorical(1), "expected num_classes of 2 or more, found 1"),
-        (lambda: Categorical("10"), "expected num_classes of 2 or more, found 10"),
+        (lambda: Categorical("10"), "expected num_classes of 2 or more, found '10'"),
         (lambda: Normal(0.0), "Normal: scale: expected a positive number or 'learned' or 'predic"),
         (lambda: Laplace("fixed"), "Laplace: scale: .*found 'fixed'"),
         (lambda: Normal(float("nan")), "found nan"),
@@ -616,3 +616,15 @@ def test_one_number_for_each_row():
     decoder = nn.Sequential(nn.Linear(2, 1), nn.Flatten(0))
     vae = VAE([Modality("y", (), "normal", encoder=Mean(), decoder=decoder)], 2)
     assert vae.likelihood("y", torch.zeros(4, 6, 2)).batch_shape == (4, 6)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers():
+    labels = np.array([0, 2, 1])
+    assert Categorical(labels.max() + 1).num_classes == 3
+    assert Categorical(torch.tensor(3)).config() == Categorical(3).config()
+    spread = np.array([1.0, 2.0, 3.0], dtype=np.float32).std()
+    for scale in (spread, torch.tensor(float(spread)), float(spread)):
+        assert Normal(scale).config() == {"name": "normal", "scale": float(spread)}
+    assert type(StudentT(df=np.float32(4.0)).config()["df"]) is float
+    with pytest.raises(ValueError, match="expected a positive number or 'learned' or 'predicted'"):
+        Normal(torch.ones(2))

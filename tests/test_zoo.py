@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import math
+import os
 
 import pyro
 import pytest
@@ -18,7 +19,7 @@ from mmzoo import Modality
 from mmzoo.distributions import FlowMixture, Mixture, PriorRows
 from mmzoo.exact import LinearGaussianWorld
 from mmzoo.inference import ImportanceWeightedELBO, SubsetELBO
-from mmzoo.likelihoods import Categorical
+from mmzoo.likelihoods import Categorical, Normal
 from mmzoo.models import (
     CMVAE,
     CRMVAE,
@@ -638,14 +639,42 @@ def test_custom_networks_are_asked_for(name, tmp_path):
     assert torch.equal(again.posterior(x).log_prob(z), vae.posterior(x).log_prob(z))
 
 
-def test_other_modalities_do_not_fit_a_checkpoint(tmp_path):
-    case("mvae", 2).save_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"likelihood": Normal(1.0)}, r"'a' was saved with likelihood \{.*0.1\}, found \{.*1.0\}"),
+        ({"likelihood": "laplace"}, "'a' was saved with likelihood .*normal.*, found .*laplace"),
+        ({"event_shape": (3,)}, r"'a' was saved with event_shape \[2\], found \[3\]"),
+        ({"entrywise_missing": True}, "'a' was saved with entrywise_missing False, found True"),
+        ({"name": "c"}, "expected the modalities a, b in this order, found c, b"),
+        ({"decoder": {"kind": "mlp", "hidden": [3]}}, "'a' was saved with decoder"),
+        ({}, None),
+    ],
+)
+def test_other_modalities_are_not_those_of_a_checkpoint(change, message, tmp_path):
+    """A likelihood has no weights that could not fit, and would silently be another."""
+    saved = {"name": "a", "event_shape": (2,), "likelihood": Normal(0.1)}
+    own = {"encoder": nn.Linear(2, 5)}
+    vae = MVAE([Modality(**saved, **own), Modality("b", (2,))], latent_dim=2)
+    vae.save_pretrained(tmp_path)
+    parts = [Modality(**{**saved, **own, **change}), Modality("b", (2,))]
+    if message is None:
+        assert MVAE.from_pretrained(tmp_path, modalities=parts).config() == vae.config()
+        return
+    with pytest.raises(ValueError, match=message):
+        MVAE.from_pretrained(tmp_path, modalities=parts)
+
+
+def test_other_weights_do_not_fit_a_checkpoint(tmp_path):
+    case("mvae", 2).save_pretrained(tmp_path / "one")
+    case("mvae", 4).save_pretrained(tmp_path / "other")
+    os.replace(tmp_path / "other/model.safetensors", tmp_path / "one/model.safetensors")
     message = (
         r"its weights do not fit its config.json \(Error.*.*state_dict for MVAE: \S+.*\); "
         "save the model again, or pass the modalities it was built with"
     )
     with pytest.raises(ValueError, match=message):
-        MVAE.from_pretrained(tmp_path, modalities=[Modality("vector", (3,)), Modality("b", (2,))])
+        MVAE.from_pretrained(tmp_path / "one")
 
 
 def test_checkpoint_of_another_model(tmp_path):

@@ -10,12 +10,14 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mmzoo.likelihoods import Categorical
 from mmzoo.modality import Modality
 
 __all__ = ["Index", "MultimodalDataset"]
@@ -39,7 +41,11 @@ def _to_tensor(array: np.ndarray) -> Tensor:
 def _to_batch(values: Tensor, modality: Modality | None) -> Tensor:
     dtype = torch.get_default_dtype()
     if values.is_floating_point():
-        return values.to(dtype)
+        if modality is None or not isinstance(modality.likelihood, Categorical):
+            return values.to(dtype)
+        # Labels with holes, which pandas keeps as floats: masks say where the holes are.
+        labels = values.nan_to_num(0.0)
+        return labels.long() if bool((labels == labels.round()).all()) else values.to(dtype)
     if modality is not None:
         return modality.cast(values, dtype)
     # bool and uint8 are compact storage of binary and grey values; wider integers count or index.
@@ -369,7 +375,7 @@ class MultimodalDataset:
             generator: of the order; with neither, torch's global generator is used.
             drop_last: leave out a last batch that is smaller.
         """
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if not isinstance(batch_size, Integral) or batch_size < 1:
             raise ValueError(
                 f"batches: expected a batch_size of at least 1, found {batch_size!r}; "
                 "give a positive integer"

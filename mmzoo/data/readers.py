@@ -419,9 +419,15 @@ def from_xarray(
     )
 
 
-def _frame_values(frame: pandas.DataFrame) -> np.ndarray:
+def _frame_values(frame: pandas.DataFrame, where: str) -> np.ndarray:
     """Columns as one array; pandas' own missing value becomes NaN."""
-    if frame.isna().to_numpy().any() and all(dtype.kind in "biuf" for dtype in frame.dtypes):
+    others = [f"{n} ({dtype})" for n, dtype in frame.dtypes.items() if dtype.kind not in "biuf"]
+    if others:
+        raise TypeError(
+            f"{where}: expected numbers or booleans, found {', '.join(others)}; encode such "
+            "columns as numbers first, with pandas.get_dummies or astype('boolean')"
+        )
+    if len({dtype.kind for dtype in frame.dtypes}) > 1 or frame.isna().to_numpy().any():
         return frame.to_numpy(dtype=np.float64, na_value=np.nan)
     return frame.to_numpy()
 
@@ -463,7 +469,10 @@ def from_pandas(
     _check_known("observed", observed, columns)
     _check_known("observed and labels", [*observed.values(), *labels], frame.columns)
     return from_numpy(
-        {name: _frame_values(frame[list(chosen)]) for name, chosen in columns.items()},
+        {
+            name: _frame_values(frame[list(chosen)], f"columns[{name!r}]")
+            for name, chosen in columns.items()
+        },
         {name: frame[column].to_numpy() for name, column in observed.items()},
         {name: _label_values(frame[name]) for name in labels},
         modalities,
