@@ -50,6 +50,7 @@ from mmzoo.inference.draws import (
     log_proposal,
     replay,
 )
+from mmzoo.inference.support import check_support
 from mmzoo.vae import MultimodalVAE
 
 __all__ = [
@@ -494,6 +495,7 @@ class _Sampler:
             )
         batch = vae.check(x, observed)
         check_row_dimension(vae, batch)
+        check_support(vae, batch)
         self.vae, self.guide = vae, guide
         self.x = {name: value for name, value in batch.x.items() if value is not None}
         self.num_rows = batch.shape[-1]

@@ -22,6 +22,7 @@ from mmzoo.data import MultimodalDataset
 from mmzoo.inference.alignment import Wasserstein, alignment_terms
 from mmzoo.inference.objective import ObjectiveModule, owner, recorded_terms, steps_ahead
 from mmzoo.inference.subset import SubsetELBO
+from mmzoo.inference.support import check_support
 from mmzoo.seeding import seeded
 from mmzoo.vae import MultimodalVAE
 
@@ -167,6 +168,7 @@ def check_rows(vae: MultimodalVAE, rows: MultimodalDataset, what: str) -> None:
     for start in range(0, len(rows), _KEPT_CHECK_ROWS):
         x, observed = rows.batch(np.arange(start, min(start + _KEPT_CHECK_ROWS, len(rows))))
         batch = check_batch(vae.modalities, x, observed, values=True)
+        check_support(vae, batch, first=start)
         mask = batch.mask(vae.modalities)
         empty = [] if mask is None else (~mask.any(-1)).nonzero().squeeze(-1).tolist()
         if empty:
