@@ -53,7 +53,10 @@ def check_support(pair: Any, batch: Batch, *, first: int = 0) -> None:
 
 def _support(pair: Any, batch: Batch, name: str) -> Any:
     """The support of a single entry or value, from one row; None if it depends on parameters."""
-    row = {each: batch.x[each][:1] for each in {name, *pair.always_given}}  # type: ignore[index]
+    # The data may wait on another device than the pair.
+    device = next((parameter.device for parameter in pair.parameters()), batch.device)
+    values = ((each, batch.x[each]) for each in (name, *pair.always_given))
+    row = {each: value[:1].to(device) for each, value in values if value is not None}
     with torch.random.fork_rng(), torch.no_grad(), pair.unregistered():
         with pyro.validation_enabled(False):
             fn = poutine.trace(pair.model).get_trace(row).nodes[name]["fn"]

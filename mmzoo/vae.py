@@ -718,11 +718,11 @@ class MultimodalVAE(nn.Module):
             )
         if prior is not None:
             _check_takes_prior(cls)
-        if modalities is not None:
-            _check_as_saved(directory, config["modalities"], modalities)
         try:
             if modalities is None:
                 modalities = [Modality.from_config(each) for each in config["modalities"]]
+            else:
+                _check_as_saved(directory, config["modalities"], modalities)
             own = {} if prior is None else {"prior": prior}
             vae = cls(modalities, config["latent_dim"], **{**config["options"], **own})
         except (KeyError, TypeError) as error:

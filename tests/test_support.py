@@ -49,6 +49,16 @@ def test_every_model_finds_a_value_outside(name, wrong):
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("filler", [float("nan"), 1e30, -0.5])
+def test_what_stands_under_a_mask_is_not_looked_at(filler):
+    vae, x, seen = MVAE(parts(), latent_dim=2), rows(), {"k": torch.arange(20) % 3 != 0}
+    found = []
+    for value in (0.0, filler):
+        x["k"][~seen["k"]] = value
+        found.append(log_likelihood(vae, x, seen, of=["a", "k"], num_samples=10).log_prob.values)
+    assert (found[0] == found[1]).all()
+
+
 def test_fit_and_likelihoods_look():
     vae, x = MVAE(parts(), latent_dim=2), rows(-0.5)
     for look in (

@@ -765,6 +765,16 @@ def test_config_that_lacks_a_part(tmp_path):
         MVAE.from_pretrained(tmp_path)
 
 
+def test_config_with_nameless_modalities(tmp_path):
+    vae = case("mvae", 2)
+    vae.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(vae.config() | {"modalities": [{"event_shape": [3]}]}))
+    for parts in (None, list(vae.modalities.values())):
+        with pytest.raises(ValueError, match=r"expected a config\.json with the options of MVAE"):
+            MVAE.from_pretrained(tmp_path, modalities=parts)
+
+
 def test_config_with_foreign_options(tmp_path):
     case("mvae", 2).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
